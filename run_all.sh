@@ -78,18 +78,8 @@ NORMALIZE_REWARDS=${NORMALIZE_REWARDS:-0}
 BINARIZE_REWARDS=${BINARIZE_REWARDS:-0}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-
-refuse() {
-  echo "run_all.sh: $*" >&2
-  exit 2
-}
-
-one_of() { # NAME VALUE...
-  local name=$1 value=${!1} allowed
-  shift
-  for allowed in "$@"; do [ "$value" = "$allowed" ] && return; done
-  refuse "$name: expected one of $*, found '$value'"
-}
+# shellcheck source=environment.sh
+source "$here/environment.sh"
 
 for name in RUN_GPU_STEPS USE_REPO_EMBD NORMALIZE_REWARDS BINARIZE_REWARDS FORCE; do one_of "$name" 0 1; done
 for name in START_STEP STOP_STEP; do one_of "$name" 1 2 3 3.5 4 5 6 7 8; done
@@ -104,8 +94,6 @@ if [ -n "$PAIRS" ]; then # recorded pairs have no golden rewards to calibrate to
   if ((STOP_STEP > 6)); then STOP_STEP=6; fi
 fi
 [ "$RUN_GPU_STEPS$USE_REPO_EMBD" != 11 ] || refuse "RUN_GPU_STEPS and USE_REPO_EMBD: expected at most one of them, found both"
-# shellcheck source=environment.sh
-source "$here/environment.sh"
 packages=(torch numpy scipy scikit-learn joblib orjson tqdm matplotlib safetensors)
 extra=
 if [ "$RUN_GPU_STEPS" = 1 ] && ((START_STEP <= 4)); then
@@ -205,27 +193,7 @@ cli.run(check, "run_all.sh")
     "${embed_flags[@]}" --
 fi
 
-# The lock is on descriptor 9, which every step inherits: it ends with the last of them, whatever happens to this shell.
-exec 9>>"$OUTPUT_DIR/.lock"
-"$PY" -c 'import sys; from rewardlib import artifacts; artifacts.take_lock(9, sys.argv[1])' "$OUTPUT_DIR"
-export REWARDLIB_LOCKED_DIR=$OUTPUT_DIR
-
-stage() { # NAME SCRIPT ARGUMENT...
-  local name=$1 log=$OUTPUT_DIR/logs/$1.log started=$SECONDS status=0
-  shift
-  printf '\n==> %s:' "$name"
-  printf ' %q' "$PY" "$@"
-  printf '\n'
-  "$PY" "$@" 2>&1 | tee "$log" || status=$?
-  if ((status)); then
-    {
-      printf '\nrun_all.sh: %s failed after %s s; its last lines:\n' "$name" $((SECONDS - started))
-      tail -n 8 "$log" | sed 's/^/    /'
-      printf 'the whole log: %s\nthe same command goes on from here; finished steps are skipped\n' "$log"
-    } >&2
-    exit "$status"
-  fi
-}
+lock_output
 
 wanted() { (($1 >= START_STEP && $1 <= STOP_STEP)); }
 

@@ -65,18 +65,8 @@ LEARNING_RATE=${LEARNING_RATE:-0.001}
 EXPLAIN=${EXPLAIN-pairs=0}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-refuse() {
-  echo "interpretable.sh: $*" >&2
-  exit 2
-}
-
-one_of() { # NAME VALUE...
-  local name=$1 value=${!1} allowed
-  shift
-  for allowed in "$@"; do [ "$value" = "$allowed" ] && return; done
-  refuse "$name: expected one of $*, found '$value'"
-}
+# shellcheck source=environment.sh
+source "$here/environment.sh"
 
 for name in PREPARE FORCE INTERCEPT ALLOW_UNREACHED; do one_of "$name" 0 1; done
 [ -n "$RATED" ] || refuse "RATED: expected a prepared file of ratings (or, with PREPARE=1, what to make it of), found none"
@@ -221,8 +211,6 @@ for item in ${list[@]+"${list[@]}"}; do
     --model_dir "$OUTPUT_DIR"
 done
 
-# shellcheck source=environment.sh
-source "$here/environment.sh"
 packages=(torch numpy scipy scikit-learn joblib orjson tqdm matplotlib safetensors)
 extra=
 if [ "$chat" = 1 ]; then
@@ -250,27 +238,7 @@ cli.run(check, "interpretable.sh")
 ' "$OUTPUT_DIR" "${stages[@]}"
 mkdir -p "$OUTPUT_DIR/logs"
 
-# The lock is on descriptor 9, which every stage inherits: it ends with the last of them, whatever happens to this shell.
-exec 9>>"$OUTPUT_DIR/.lock"
-"$PY" -c 'import sys; from rewardlib import artifacts; artifacts.take_lock(9, sys.argv[1])' "$OUTPUT_DIR"
-export REWARDLIB_LOCKED_DIR=$OUTPUT_DIR
-
-stage() { # NAME ARGUMENT...
-  local name=$1 log=$OUTPUT_DIR/logs/$1.log started=$SECONDS status=0
-  shift
-  printf '\n==> %s:' "$name"
-  printf ' %q' "$PY" "$@"
-  printf '\n'
-  "$PY" "$@" 2>&1 | tee "$log" || status=$?
-  if ((status)); then
-    {
-      printf '\ninterpretable.sh: %s failed after %s s; its last lines:\n' "$name" $((SECONDS - started))
-      tail -n 8 "$log" | sed 's/^/    /'
-      printf 'the whole log: %s\nthe same command goes on from here; finished stages are skipped\n' "$log"
-    } >&2
-    exit "$status"
-  fi
-}
+lock_output
 
 set -- "${stages[@]}"
 while (($#)); do

@@ -6,7 +6,6 @@ mean and counted.
 """
 
 import numpy as np
-from scipy import stats
 from scipy.special import expit, gammaln
 
 from rewardlib.artifacts import InputError, null_if_nan
@@ -22,7 +21,7 @@ BINS = 20
 
 def spearman(scores, golden):
     """(N,) Spearman rho of each prompt, ties on average ranks."""
-    a, b = (stats.rankdata(x, axis=1) - (x.shape[1] + 1) / 2 for x in (scores, golden))
+    a, b = (average_ranks(x) - (x.shape[1] + 1) / 2 for x in (scores, golden))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
 
@@ -46,28 +45,76 @@ def agreement_within(scores, golden):
     Knight's identity (Journal of the American Statistical Association 61, 1966): with the responses in order of score,
     then of golden reward, only golden rewards that fall are discordant.
     """
-    n_responses = scores.shape[1]
-    order = np.lexsort((golden, scores), axis=1)
-    ranks = stats.rankdata(golden, method="dense", axis=1).astype(np.int32)
-    by_score, by_golden = np.take_along_axis(scores, order, 1), np.take_along_axis(ranks, order, 1)
-    falls = np.zeros((len(scores), n_responses), np.int16)
-    for shift in range(1, n_responses):
-        falls[:, shift:] += by_golden[:, shift:] < by_golden[:, :-shift]
-    total = n_responses * (n_responses - 1) // 2
-    same_score = by_score[:, 1:] == by_score[:, :-1]
-    tied_both = _tied_pairs(same_score & (by_golden[:, 1:] == by_golden[:, :-1]))
-    tied_golden = _tied_pairs(np.diff(np.sort(ranks, axis=1), axis=1) == 0)
-    pairs = total - tied_golden
-    return pairs - _tied_pairs(same_score) + tied_both - 2 * falls.sum(1, dtype=np.int64), pairs
+    by_score, ranks = _dense_ranks(scores), _dense_ranks(golden)
+    top = int(ranks.max()) + 1
+    both = np.sort(by_score * top + ranks, axis=1)
+    by_score, by_golden = np.divmod(both, top)
+    same_score, tied_both = _tied_pairs(_same(by_score)), _tied_pairs(_same(both))
+    tied_golden = _tied_pairs(_same(np.sort(ranks, axis=1)))
+    pairs = scores.shape[1] * (scores.shape[1] - 1) // 2 - tied_golden
+    return pairs - same_score + tied_both - 2 * _inversions(by_golden), pairs
+
+
+def average_ranks(x):
+    """Ranks 1 ... K of each row (N, K), equal values on the mean of theirs: scipy.stats.rankdata, which takes a second
+    to load."""
+    order, first = _ordered_runs(x)
+    last = x.shape[1] - 1 - _run_starts(_same(np.take_along_axis(x, order, 1))[:, ::-1])[:, ::-1]
+    return _put(order, (first + last) / 2 + 1)
+
+
+def _dense_ranks(x):
+    """Ranks 0, 1, ... of the different values of each row (N, K)."""
+    order, first = _ordered_runs(x)
+    return _put(order, np.cumsum(first == np.arange(x.shape[1]), axis=1) - 1)
+
+
+def _ordered_runs(x):
+    """The order (N, K) that sorts each row, and where in it the run of equal values starts that each place is in."""
+    order = np.argsort(x, axis=1)
+    return order, _run_starts(_same(np.take_along_axis(x, order, 1)))
+
+
+def _same(ordered):
+    """(N, K - 1) True where the value that follows is the same."""
+    return ordered[:, 1:] == ordered[:, :-1]
+
+
+def _run_starts(same):
+    """(N, K) where the run of equal values starts that each place is in, from what `_same` gives."""
+    starts = np.tile(np.arange(same.shape[1] + 1), (len(same), 1))
+    starts[:, 1:][same] = 0
+    return np.maximum.accumulate(starts, axis=1, out=starts)
+
+
+def _put(order, values):
+    placed = np.empty_like(values)
+    np.put_along_axis(placed, order, values, 1)
+    return placed
 
 
 def _tied_pairs(same):
-    """(N,) pairs inside the runs of equal values that `same` (N, K - 1) marks: value i + 1 equals value i."""
-    run, pairs = np.zeros(len(same), np.int64), np.zeros(len(same), np.int64)
-    for column in same.T:
-        run = (run + 1) * column
-        pairs += run
-    return pairs
+    """(N,) pairs inside the runs of equal values, from what `_same` gives."""
+    return (np.arange(same.shape[1] + 1) - _run_starts(same)).sum(1)
+
+
+def _inversions(ranks):
+    """(N,) pairs of each row of non-negative integers (N, K) of which the first is the larger: merge sort, all rows and
+    all merges of one width at once."""
+    n, n_responses = ranks.shape
+    width, size, top = 1, 1 << (n_responses - 1).bit_length(), int(ranks.max()) + 2
+    halves = np.full((n, size), top - 1)
+    halves[:, :n_responses] = ranks
+    found = np.zeros(n, np.int64)
+    while width < size:
+        halves = halves.reshape(-1, 2, width)
+        apart = np.arange(len(halves))[:, None] * top  # so that one search serves all merges
+        ends = np.arange(1, len(halves) + 1)[:, None] * width
+        below = np.searchsorted((halves[:, 0] + apart).ravel(), (halves[:, 1] + apart).ravel(), side="right")
+        found += (ends - below.reshape(-1, width)).reshape(n, -1).sum(1)
+        width *= 2
+        halves = np.sort(halves.reshape(-1, width), axis=1, kind="stable")  # which merges what is sorted already
+    return found
 
 
 def best_of_n(scores, golden, sizes):
@@ -107,7 +154,7 @@ def sorted_by(scores, values):
 
 def selected_quantile(scores, golden):
     """(N,) golden quantile of the top-scored of all K responses: 0 the worst, 1 the best, 0.5 expected at random."""
-    quantile = (stats.rankdata(golden, axis=1) - 1) / (golden.shape[1] - 1)
+    quantile = (average_ranks(golden) - 1) / (golden.shape[1] - 1)
     return sorted_by(scores, quantile)[:, 0]
 
 
@@ -125,20 +172,9 @@ def cross_prompt_accuracy(scores, golden, within=None):
     within: what `agreement_within` gives for them, where it is known already; it is taken away from all pairs.
     """
     within = within or agreement_within(scores, golden)
-    agree, pairs = _agreement(scores.ravel(), golden.ravel())
+    agree, pairs = (int(found[0]) for found in agreement_within(scores.reshape(1, -1), golden.reshape(1, -1)))
     agree, pairs = agree - int(within[0].sum()), pairs - int(within[1].sum())
     return float(_accuracy(agree, pairs)) if pairs else np.nan
-
-
-def _agreement(scores, golden):
-    """Concordant minus discordant pairs, and pairs whose golden rewards differ; O(n log n) by way of Kendall's tau."""
-    total, apart = len(scores) * (len(scores) - 1) // 2, []
-    for x in (scores, golden):
-        count = np.unique(x, return_counts=True)[1]
-        apart.append(total - int((count * (count - 1) // 2).sum()))
-    if 0 in apart:
-        return 0, apart[1]
-    return round(stats.kendalltau(scores, golden).statistic * np.sqrt(apart[0]) * np.sqrt(apart[1])), apart[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- pairs
@@ -190,7 +226,7 @@ def resample_weights(n, rng, resamples=RESAMPLES):
     """(resamples, N) uint8: how often each prompt is drawn when N prompts are drawn with replacement."""
     weights = np.empty((resamples, n), np.uint8)
     for row in weights:
-        row[:] = rng.multinomial(n, np.full(n, 1 / n))
+        row[:] = np.bincount(rng.integers(n, size=n), minlength=n)
     return weights
 
 

@@ -78,6 +78,29 @@ def test_agreement_within_is_brute_force(case):
         assert (agree, pairs) == (sum(signs), len(signs))
 
 
+@given(scored(most=20))
+@settings(deadline=None)
+def test_ranks_are_scipys_ties_on_their_mean(case):
+    np.testing.assert_array_equal(metrics.average_ranks(case[0]), stats.rankdata(case[0], axis=1))
+
+
+def test_cross_prompt_accuracy_of_many_responses_is_kendalls_but_for_the_pairs_within():
+    """3,000 responses, a number that is no power of two, with ties on both sides."""
+    rng = np.random.default_rng(1)
+    golden = rng.normal(size=(300, 10)).round(1)
+    scores = (golden + rng.normal(size=golden.shape)).round(1)
+    concordant, discordant = 0, 0
+    flat_scores, flat_golden, prompt = scores.ravel(), golden.ravel(), np.repeat(np.arange(300), 10)
+    for i in range(len(prompt)):
+        other = prompt[i + 1 :] != prompt[i]
+        sign = np.sign(flat_golden[i + 1 :] - flat_golden[i])[other]
+        score_sign = np.sign(flat_scores[i + 1 :] - flat_scores[i])[other]
+        concordant += (sign != 0).sum() + (sign * score_sign).sum()
+        discordant += (sign != 0).sum() - (sign * score_sign).sum()
+    expected = concordant / (concordant + discordant)
+    assert metrics.cross_prompt_accuracy(scores, golden) == pytest.approx(expected, abs=1e-12)
+
+
 def test_agreement_of_many_responses_is_kendalls():
     """K = 500, where a pair count no longer fits 16 bits; a falling order is all discordant."""
     rng = np.random.default_rng(0)

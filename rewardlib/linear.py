@@ -9,14 +9,11 @@ import warnings
 
 import numpy as np
 from scipy import sparse
-from scipy.linalg import norm, solve
-from scipy.optimize import minimize_scalar
 from scipy.special import expit
-from sklearn.exceptions import ConvergenceWarning
 
 STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # ridge penalty of the mean loss, in units of the variance of the rows
 EXACT, ROUGH = 1e-9, 1e-4
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 1024
 NEWTON_STEPS = 100
 CG_STEPS = 500
 CG_TOLERANCE = 0.01
@@ -57,15 +54,16 @@ def _blocks(rows):
         yield part, rows[part].astype(float)
 
 
-def fit_logistic(rows, design, labels, alpha, *, intercept=False, start=None, tolerance=EXACT):
+def fit_logistic(rows, design, labels, alpha, *, intercept=False, start=None, tolerance=EXACT, known_moments=None):
     """Minimise sum of logistic_loss + alpha / 2 |w|^2 (scikit-learn's C = 1 / alpha). Returns (w (D,), intercept).
 
     rows: (R, D); design: sparse (M, R); labels: (M,) in [0, 1]; intercept: whether one is fitted, unpenalised; start:
-    (w, intercept) of a similar problem. Newton's method with conjugate gradients: the gradient is exact to float64,
-    Hessian products may be in float32. It ends where the gradient of the mean loss, on rows of unit variance, is below
-    `tolerance`; ConvergenceWarning if that is never reached.
+    (w, intercept) of a similar problem; known_moments: moments(rows), where they are known. Newton's method with
+    conjugate gradients: Hessian products are in the type of the rows, the gradient is exact to float64, unless a
+    tolerance of ROUGH or more lets float32 do. It ends where the gradient of the mean loss, on rows of unit variance,
+    is below `tolerance`; ConvergenceWarning if that is never reached.
     """
-    mean, spread = moments(rows)
+    mean, spread = known_moments or moments(rows)
     scale, n, d = np.sqrt(max(spread, 1e-24)), design.shape[0], rows.shape[1]
     penalty = np.append(np.full(d, alpha / n / scale**2), 0.0)
     column = np.ones(n) if intercept else np.zeros(n)
@@ -77,11 +75,20 @@ def fit_logistic(rows, design, labels, alpha, *, intercept=False, start=None, to
         pull = design.T @ residual
         return np.append((multiply(pull) - mean * pull.sum()) / scale, column @ residual) / n
 
+    def quick(v):
+        return rows @ v.astype(rows.dtype)
+
+    def quick_transposed(pull):
+        return pull.astype(rows.dtype) @ rows
+
     def exact(v):
         return product(rows, v)
 
     def exact_transposed(pull):
         return sum(pull[part] @ block for part, block in _blocks(rows))
+
+    if tolerance >= ROUGH and rows.dtype == np.float32:
+        exact, exact_transposed = quick, quick_transposed
 
     v = np.zeros(d + 1)
     if start is not None:
@@ -90,19 +97,20 @@ def fit_logistic(rows, design, labels, alpha, *, intercept=False, start=None, to
     for _ in range(NEWTON_STEPS):
         chance = expit(logits)
         gradient = gradient_of(chance - labels, exact_transposed) + penalty * v
-        if norm(gradient) <= tolerance:
+        if np.linalg.norm(gradient) <= tolerance:
             break
         curvature = chance * (1 - chance)
 
         def hessian(u, curvature=curvature):
-            bent = curvature * logits_of(u, lambda x: rows @ x.astype(rows.dtype))
-            return gradient_of(bent, lambda x: x.astype(rows.dtype) @ rows) + penalty * u
+            return gradient_of(curvature * logits_of(u, quick), quick_transposed) + penalty * u
 
         step = _conjugate_gradients(hessian, -gradient)
         along = logits_of(step, exact)
         length = _step_length(logits, along, labels, penalty, v, step, gradient @ step)
         v, logits = v + length * step, logits + length * along
     else:
+        from sklearn.exceptions import ConvergenceWarning
+
         warnings.warn(f"no optimum within {NEWTON_STEPS} Newton steps; raise alpha", ConvergenceWarning, stacklevel=2)
     weights = v[:d] / scale
     return weights, float(v[d] - mean @ weights) if intercept else 0.0
@@ -160,12 +168,12 @@ def held_out_logits(fit, rows, pairs, labels, folds, held_folds, penalties):
 
     fit: fit_bt or fit_clf; folds: (M,); penalties: S values of alpha per pair.
     """
-    logits = np.full((len(penalties), len(pairs)), np.nan)
+    logits, known = np.full((len(penalties), len(pairs)), np.nan), moments(rows)
     for held in (folds == fold for fold in held_folds):
         found = None
         for i, penalty in enumerate(penalties):
             alpha = penalty * (~held).sum()
-            found = fit(rows, pairs[~held], labels[~held], alpha, start=found, tolerance=ROUGH)
+            found = fit(rows, pairs[~held], labels[~held], alpha, start=found, tolerance=ROUGH, known_moments=known)
             scores = product(rows, found[0])
             logits[i, held] = scores[pairs[held, 0]] - scores[pairs[held, 1]]
     return logits
@@ -173,6 +181,8 @@ def held_out_logits(fit, rows, pairs, labels, folds, held_folds, penalties):
 
 def rescaled_loss(logits, labels):
     """(M,) logistic loss of the logits times the one positive number that makes its sum least."""
+    from scipy.optimize import minimize_scalar  # loaded by those who need it, as all that is slow to load
+
     scale = max(np.abs(logits).mean(), 1e-300)
 
     def total(log_slope):
@@ -219,6 +229,8 @@ def variance(sums):
 
 def fit_ridge(sums, alpha):
     """(w (D,), intercept) minimising sum (y - x w - b)^2 + alpha |w|^2, scikit-learn's Ridge, from second_moments."""
+    from scipy.linalg import solve
+
     n, d = sums[-1, -1], len(sums) - 2
     centred = sums[:-1, :-1] - np.outer(sums[:-1, -1], sums[-1, :-1]) / n
     weights = solve(centred[:d, :d] + alpha * np.eye(d), centred[:d, d], assume_a="pos")

@@ -98,6 +98,15 @@ def test_the_hessian_is_the_derivative_of_the_gradient(monkeypatch):
     np.testing.assert_allclose(linear.logistic_hessian(rows, pairs, w), numeric, rtol=1e-6)
 
 
+def test_float32_gradients_serve_a_rough_tolerance():
+    rows, pairs, labels = problem()
+    exact, _ = linear.fit_bt(rows, pairs, labels, 1.0)
+    for data in (rows.astype(np.float32), rows.astype(np.float16)):
+        known = linear.moments(data)
+        rough, _ = linear.fit_bt(data, pairs, labels, 1.0, tolerance=linear.ROUGH, known_moments=known)
+        np.testing.assert_allclose(rough, exact, atol=2e-3 * np.abs(exact).max())
+
+
 def test_held_out_logits_are_of_models_that_did_not_see_the_pair():
     rows, pairs, labels = problem()
     folds = np.arange(len(pairs)) % 3

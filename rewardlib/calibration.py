@@ -2,12 +2,7 @@
 
 from pathlib import Path
 
-import joblib
 import numpy as np
-from scipy.optimize import isotonic_regression
-from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin
-from sklearn.isotonic import IsotonicRegression
-from sklearn.utils.validation import check_is_fitted
 
 from rewardlib import artifacts
 
@@ -15,7 +10,7 @@ from rewardlib import artifacts
 FLAT = 1e-6
 
 
-class CenteredIsotonicRegression(RegressorMixin, TransformerMixin, BaseEstimator):
+class CenteredIsotonicMap:
     """Centred isotonic regression (Oron and Flournoy, Statistics in Biopharmaceutical Research 9, 2017).
 
     Each flat block of the isotonic fit becomes one point at the weighted mean of its x, with straight lines between the
@@ -24,6 +19,7 @@ class CenteredIsotonicRegression(RegressorMixin, TransformerMixin, BaseEstimator
 
     Learned: x_points_, y_points_ (strictly increasing), slope_below_, slope_above_; increasing_ is False when the data
     show no increase at all (one block): the map then is the mean with a negligible positive slope.
+    CenteredIsotonicRegression (isotonic.py) is the same as a scikit-learn estimator, which takes a second to load.
     """
 
     def fit(self, X, y, sample_weight=None):
@@ -34,6 +30,8 @@ class CenteredIsotonicRegression(RegressorMixin, TransformerMixin, BaseEstimator
             raise ValueError(f"X, y and sample_weight should have one length; got {len(x)}, {len(y)} and {len(weight)}")
         if not (np.isfinite(x).all() and np.isfinite(y).all() and (weight > 0).all()):
             raise ValueError("X and y must be finite and weights positive")
+        from scipy.optimize import isotonic_regression  # slow to load, and maps are read without it
+
         x, inverse = np.unique(x, return_inverse=True)
         y, weight = np.bincount(inverse, weight * y), np.bincount(inverse, weight)
         fit = isotonic_regression(y / weight, weights=weight)
@@ -53,14 +51,15 @@ class CenteredIsotonicRegression(RegressorMixin, TransformerMixin, BaseEstimator
 
     def predict(self, X):
         """Calibrated values of the scores, in the shape of X without a last axis of 1 when X is a column."""
-        check_is_fitted(self)
         x = np.asarray(X, float)
         x = x[:, 0] if x.ndim == 2 and x.shape[1] == 1 else x
         low, high = self.x_points_[0], self.x_points_[-1]
         inside = np.interp(x, self.x_points_, self.y_points_)
         return inside + self.slope_below_ * np.minimum(x - low, 0) + self.slope_above_ * np.maximum(x - high, 0)
 
-    transform = predict
+    def transform(self, X):
+        """As `predict`."""
+        return self.predict(X)
 
 
 def _column(X):
@@ -86,7 +85,11 @@ def _pool_flat(sum_x, sum_y, weight):
 
 def make(kind):
     """An unfitted map: kind "centred" (strictly increasing) or "plain" (scikit-learn's, flat where the fit is)."""
-    return CenteredIsotonicRegression() if kind == "centred" else IsotonicRegression(out_of_bounds="clip")
+    if kind == "centred":
+        return CenteredIsotonicMap()
+    from sklearn.isotonic import IsotonicRegression
+
+    return IsotonicRegression(out_of_bounds="clip")
 
 
 def out_of_fold(kind, scores, targets, fold_sets, at=None):
@@ -107,7 +110,7 @@ def out_of_fold(kind, scores, targets, fold_sets, at=None):
 
 def to_numbers(fitted):
     """A fitted map as plain numbers: points, straight lines between them, slopes outside. Inverse of `from_numbers`."""
-    if isinstance(fitted, IsotonicRegression):
+    if not isinstance(fitted, CenteredIsotonicMap):
         x, y = fitted.X_thresholds_, fitted.y_thresholds_
         return {"kind": "plain", "x": x.tolist(), "y": y.tolist(), "slope_below": 0.0, "slope_above": 0.0}
     x, y = fitted.x_points_.tolist(), fitted.y_points_.tolist()
@@ -117,7 +120,7 @@ def to_numbers(fitted):
 
 def from_numbers(numbers):
     """The map of `to_numbers` as a function of scores: np.interp inside, straight lines outside."""
-    fitted = CenteredIsotonicRegression()
+    fitted = CenteredIsotonicMap()
     fitted.x_points_, fitted.y_points_ = np.array(numbers["x"]), np.array(numbers["y"])
     fitted.slope_below_, fitted.slope_above_ = numbers["slope_below"], numbers["slope_above"]
     return fitted.predict
@@ -128,6 +131,8 @@ def save(folder, name, fitted, aliases=()):
 
     Returns the file names written, aliases included.
     """
+    import joblib
+
     names = []
     for stem in (name, *aliases):
         with artifacts.atomic(Path(folder) / f"{stem}.joblib") as file:
@@ -140,3 +145,12 @@ def save(folder, name, fitted, aliases=()):
 def load(folder, name):
     """The map `name` as a function of scores, read from its .json."""
     return from_numbers(artifacts.read_json(Path(folder) / f"{name}.json", "step 7"))
+
+
+def __getattr__(name):
+    """CenteredIsotonicRegression: scikit-learn is loaded by those who ask for it."""
+    if name == "CenteredIsotonicRegression":
+        from rewardlib.isotonic import CenteredIsotonicRegression
+
+        return CenteredIsotonicRegression
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

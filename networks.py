@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 HIDDEN = (1024, 512)
-SCORE_ROWS = 2048
+SCORE_ROWS = 1024
 WARMUP = 0.1
+FIRST_LOOK = 512  # prompts that tell the student's first slope
 
 
 class _Linear(nn.Linear):
@@ -139,12 +140,21 @@ def train(model, n, loss, validate, settings, generator):
         if entry["best"]:
             best_epoch, best_quality = epoch, quality
             if epoch < settings.epochs:
-                best_state = {name: value.clone() for name, value in model.state_dict().items()}
+                best_state = _copied(model.state_dict(), best_state)
         elif epoch - best_epoch >= settings.patience:
             break
     if best_epoch < epoch:
         model.load_state_dict(best_state)
     return log
+
+
+def _copied(state, into):
+    """A copy of a state_dict, in the tensors of an earlier copy where there is one."""
+    if into is None:
+        return {name: value.clone() for name, value in state.items()}
+    for name, value in state.items():
+        into[name].copy_(value)
+    return into
 
 
 def _adamw(weights, weight_decay):
@@ -226,10 +236,12 @@ def train_student(start, rows, targets, preferences, parts, student_loss, rankin
     n_responses = rows.shape[1]
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(start)
+    del start  # which may be large, and is no longer needed where the caller has no use for it
 
+    some = fit[:: 1 + len(fit) // FIRST_LOOK]
     with torch.inference_mode():
-        scores = _score(model, rows, fit)
-    slope = torch.corrcoef(torch.stack([scores.flatten(), wanted[fit].flatten()]))[0, 1] / scores.std()
+        scores = _score(model, rows, some)
+    slope = torch.corrcoef(torch.stack([scores.flatten(), wanted[some].flatten()]))[0, 1] / scores.std()
     slope = slope if torch.isfinite(slope) else torch.ones(())
     _rescale(model, slope, -slope * scores.mean())
 

@@ -156,6 +156,7 @@ def train_members(args, settings, work, drawn, rows, index, n_folds, output_dir,
     started = time.time()
     for (member, name, member_work), (model, log) in zip(progress, trained, strict=True):
         path = ensembles.save(output_dir / name, model)
+        del model  # else it is there while the next one is trained
         best = max(entry["epoch"] for entry in log if entry["best"])
         about = {
             "member": member,

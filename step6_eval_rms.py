@@ -54,9 +54,9 @@ def main(argv=None):
         started = time.time()
 
         fit_prompts = np.concatenate([split["calibration"], split["student_train"]])
-        ensemble = ensembles.load_members(output_dir, record, train.shape[2], networks.TYPES[settings["precision"]])
         pairs = np.load(output_dir / f"pairs_{stem}.npy")
         probe = fit_probe(train, record, pairs)
+        ensemble = ensembles.load_members(output_dir, record, train.shape[2], networks.TYPES[settings["precision"]])
         constant = float(train.rewards[fit_prompts].mean())
         results = {"settings": settings, "pairs": record["pairs"], "n_members": len(files)}
         sets = {"held_out": (train, split["held_out"])}

@@ -63,9 +63,10 @@ def main(argv=None):
         n, n_responses, dim = *numbers.shape, train.shape[2]
         dtype = networks.TYPES[settings["precision"]]
         if paths == list(members):
-            ensemble = ensembles.load_members(output_dir, record, dim, dtype)
+            scale = ensembles.recorded_scale(record)
         else:
-            ensemble = ensembles.load(paths, train, fit_prompts, dtype)
+            scale = ensembles.scale_of(paths, train, fit_prompts, dtype)
+        ensemble = ensembles.Ensemble(ensembles.Stored(paths, dim), *scale, dtype)
         index = [members.get(path) for path in paths]
         seen = orm.seen_by_members(record, prompts)
         seen = np.stack([seen[i] if i is not None else np.zeros(len(prompts), bool) for i in index])

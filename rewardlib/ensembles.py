@@ -1,7 +1,7 @@
 """Ensembles of reward models: checkpoints, scores of many models in one pass, one scale, out-of-bag means."""
 
 import glob
-import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +13,33 @@ import networks
 from rewardlib import artifacts, seeds
 from rewardlib.artifacts import InputError
 
-SCALE_ROWS = 2048
+SCALE_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Ensemble:
     """E reward models on one scale: member score = (raw - centre) / spread.
 
-    centre, spread: (E,); dtype: the torch type that hidden layers compute in.
+    models: a list, or Stored; centre, spread: (E,); dtype: the torch type that hidden layers compute in.
     """
 
-    models: list
+    models: Sequence
     centre: np.ndarray
     spread: np.ndarray
     dtype: torch.dtype = torch.float32
+
+
+class Stored(Sequence):
+    """Models on disk, each loaded when it is asked for: one in memory where they are gone through in order."""
+
+    def __init__(self, paths, input_dim):
+        self.paths, self.input_dim = paths, input_dim
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return load_any(self.paths[i], self.input_dim)
 
 
 def save(stem, model):
@@ -42,10 +55,8 @@ def save(stem, model):
 
 def save_model(path, model):
     """Write the model's plain state_dict."""
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
     with artifacts.atomic(path) as file:
-        file.write(buffer.getbuffer())
+        torch.save(model.state_dict(), file)
 
 
 def load_any(path, input_dim):
@@ -116,25 +127,30 @@ def scale(models, train, prompts, dtype=torch.float32):
 
 
 def scale_of(paths, train, prompts, dtype=torch.float32):
-    """`scale` of the models at `paths`, with one of them in memory at a time."""
-    found = [scale([load_any(path, train.shape[2])], train, prompts, dtype) for path in paths]
-    return tuple(np.concatenate(part) for part in zip(*found, strict=True))
+    """`scale` of the models at `paths`, one in memory at a time; InputError for one whose scores are not finite."""
+    found = [scale([model], train, prompts, dtype) for model in Stored(paths, train.shape[2])]
+    centre, spread = (np.concatenate(part) for part in zip(*found, strict=True))
+    finite = np.isfinite(centre) & np.isfinite(spread)
+    if not finite.all():
+        raise InputError(f"{paths[int(np.argmin(finite))]}: expected finite scores, found NaN or inf")
+    return centre, spread
 
 
 def load(paths, train, prompts, dtype=torch.float32):
     """The models at `paths` on one scale: mean 0, sd 1 over a fixed sample of the responses of `prompts`."""
-    models = [load_any(path, train.shape[2]) for path in paths]
-    centre, spread = scale(models, train, prompts, dtype)
-    finite = np.isfinite(centre) & np.isfinite(spread)
-    if not finite.all():
-        raise InputError(f"{paths[int(np.argmin(finite))]}: expected finite scores, found NaN or inf")
-    return Ensemble(models, centre, spread, dtype)
+    models = Stored(paths, train.shape[2])
+    return Ensemble(list(models), *scale_of(paths, train, prompts, dtype), dtype)
 
 
 def load_members(output_dir, record, dim, dtype=torch.float32):
     """The ensemble of step 5's `record`, on the scale that step 5 measured."""
-    models = [load_any(Path(output_dir) / member["file"], dim) for member in record["members"]]
-    return Ensemble(models, np.array(record["scale"]["centre"]), np.array(record["scale"]["spread"]), dtype)
+    models = Stored([Path(output_dir) / member["file"] for member in record["members"]], dim)
+    return Ensemble(list(models), *recorded_scale(record), dtype)
+
+
+def recorded_scale(record):
+    """Centre and spread (E,) of the members, as step 5 measured them."""
+    return np.array(record["scale"]["centre"]), np.array(record["scale"]["spread"])
 
 
 def on_scale(ensemble, raw):

@@ -6,7 +6,6 @@ A response is named by its (prompt, response) indices; a pair by two of those. N
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit
 
 from rewardlib.artifacts import InputError
 
@@ -125,7 +124,7 @@ def annotate(reward_diff, quality, scale, rng):
     if quality < 0:
         probability = (reward_diff > 0).astype(float)
     else:
-        probability = expit(quality * reward_diff / scale)
+        probability = np.exp(-np.logaddexp(0, -quality * reward_diff / scale))
     return (rng.random(len(probability)) < probability).astype(float), probability
 
 

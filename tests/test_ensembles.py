@@ -253,6 +253,22 @@ def test_blocks_do_not_change_scores(tmp_path, monkeypatch):
     np.testing.assert_allclose(ensembles.score(ensemble, data, np.arange(50)), whole[:, ::-1], atol=1e-5)
 
 
+def test_stored_models_score_as_loaded_ones_and_are_read_when_asked_for(tmp_path):
+    paths, data = save_models(tmp_path), responses()
+    loaded = ensembles.load(paths, data, np.arange(N))
+    stored = ensembles.Ensemble(ensembles.Stored(paths, D), loaded.centre, loaded.spread)
+    rows = data.embeddings[0]
+    np.testing.assert_array_equal(ensembles.score_rows(stored, rows), ensembles.score_rows(loaded, rows))
+    paths[1].unlink()
+    assert len(stored.models) == 3 and same_state(stored.models[2], loaded.models[2])
+    with pytest.raises(InputError, match=r"member_1\.ckpt not found"):
+        ensembles.score_rows(stored, rows)
+
+
+def same_state(a, b):
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
 def test_a_member_that_says_nothing_scores_0(tmp_path):
     torch.save(state(), tmp_path / "a.ckpt")
     data = responses()

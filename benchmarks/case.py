@@ -16,7 +16,10 @@ TEST_PROMPTS = 1000
 
 
 def make(folder, n=5000, k=10, d=2048, n_test=TEST_PROMPTS, k_test=None, seed=0, dtype=np.float32):
-    """Write the case as a DATA_DIR (local format, with its manifest) unless it is there already."""
+    """Write the case as a DATA_DIR (local format, with its manifest) unless it is there already.
+
+    With n or n_test 0 it has no train or no test files; those it has are the same.
+    """
     told = {"case": "cross-prompt", "n": n, "k": k, "d": d, "n_test": n_test, "k_test": k_test or k, "seed": seed}
     told["dtype"] = np.dtype(dtype).name
     folder = artifacts.writable_dir(folder)
@@ -26,7 +29,7 @@ def make(folder, n=5000, k=10, d=2048, n_test=TEST_PROMPTS, k_test=None, seed=0,
     files = {}
     for split, n_prompts, responses in (("train", n, k), ("test", n_test, k_test or k)):
         prompts = _isotropic(seeds.rng(seed, "case", split, "prompts"), n_prompts, d)
-        for response in range(responses):
+        for response in range(responses if n_prompts else 0):
             rng = seeds.rng(seed, "case", split, "responses", response)
             rows = prompts + _isotropic(rng, n_prompts, d)
             rewards = function(rows) + NOISE_SD * rng.standard_normal(n_prompts)

@@ -1,12 +1,14 @@
 """Steps 5 to 8 against a plain reference on one case: CPU seconds, wall time, peak memory, ranking on fresh prompts.
 
-Both sides run as whole commands, alternating. The reference (benchmarks/reference.py) starts Python for each of its
-steps, as released pipelines do; ours runs them in one process, as run_all.sh does. CPU seconds are user and system time
-of the processes. Fresh prompts are the case's test prompts: the reference's checkpoints score them afterwards, untimed.
-Step 6 of the reference scores all train prompts, as released code does; ours scores the held-out and the test prompts.
+Both sides run as whole commands, alternating, on the same train prompts and the same labelled pairs, those that our
+step 5 draws. The reference (benchmarks/reference.py) starts Python for each of its steps, as released pipelines do;
+ours runs them in one process, as run_all.sh does. CPU seconds are user and system time of the processes. Fresh prompts
+of the same case are scored afterwards, untimed, with the checkpoints of either side; --with_test puts them into
+DATA_DIR as well, where our steps 6 and 8 evaluate them and the reference does not. Step 6 of the reference scores all
+train prompts, as released code does; ours scores the held-out ones.
 
 Reads   --case_dir, which is made where it is missing
-Writes  --output, where it is given: every run and the medians as JSON
+Writes  --output, where it is given: every run and the medians as JSON, anew after each repeat
 Example python -m benchmarks.cpu_pipeline --repeats 5 --output cpu_pipeline.json
 """
 
@@ -47,6 +49,8 @@ def parse_args(argv=None):
         action="append",
         help='ours, as "NAME=flags of the steps"; may be given several times; None: published size, fp32, a small one',
     )
+    parser.add_argument("--seed", type=cli.seed, default=6, help="of either side; another one draws other pairs")
+    parser.add_argument("--with_test", action="store_true", help="our steps evaluate the fresh prompts as well")
     parser.add_argument("--case_dir", help="None: a temporary folder")
     parser.add_argument("--output", help="JSON file; None: print only")
     return parser.parse_args(argv)
@@ -73,24 +77,36 @@ def measure(command, output_dir):
     return {"cpu": cpu, "wall": time.perf_counter() - started, "peak_mb": usage.ru_maxrss / 1024}
 
 
-def run_reference(args, case_dir, output_dir):
-    """{step: measures} of one run."""
+def run_reference(args, case_dir, output_dir, pairs):
+    """{step: measures} of one run on the labelled pairs of a file."""
     flags = ["--data_dir", case_dir, "--output_dir", output_dir, "--members", args.n_members]
-    flags += ["--n_pairs", args.n_pairs, "--epochs", args.reference_epochs]
+    flags += ["--pairs", pairs, "--epochs", args.reference_epochs, "--seed", args.seed]
     command = [sys.executable, "-m", "benchmarks.reference"]
     return {step: measure([*command, step, *map(str, flags)], output_dir) for step in STEPS}
 
 
 def run_ours(args, case_dir, output_dir, flags, alone):
     """{"all": measures of one process for all steps} of one run; `alone`: also of each step in a process of its own."""
-    common = ["--data_dir", case_dir, "--output_dir", output_dir, "--ensemble_number", args.n_members]
-    common += ["--n_sample", args.n_pairs // 2, "--n_pairs", 2, *flags.split()]
-    common = [str(flag) for flag in common]
+    common = our_flags(args, case_dir, output_dir) + flags.split()
     found = run_alone(common, output_dir) if alone else {}
     shutil.rmtree(output_dir)
     Path(output_dir).mkdir()
     command = [sys.executable, "run_steps.py", "5", "8", "--report", "0"]
     return {"all": measure([*command, *common], output_dir)} | found
+
+
+def our_flags(args, case_dir, output_dir):
+    flags = ["--data_dir", case_dir, "--output_dir", output_dir, "--ensemble_number", args.n_members]
+    flags += ["--n_sample", args.n_pairs // 2, "--n_pairs", 2, "--seed", args.seed]
+    return [str(flag) for flag in flags]
+
+
+def draw_pairs(args, case_dir, output_dir):
+    """The file of labelled pairs that our step 5 draws, whatever its other flags."""
+    quick = ["--ensemble_number", "1", "--training_epochs", "1", "--hidden", "8", "4"]
+    measure([sys.executable, f"{run_steps.STEPS[5]}.py", *our_flags(args, case_dir, output_dir), *quick], output_dir)
+    [path] = Path(output_dir).glob("pairs_*.npy")
+    return path
 
 
 def run_alone(flags, output_dir):
@@ -112,11 +128,11 @@ def make_case(folder, *size):
     embeddings.load_pair(folder)
 
 
-def rank_reference(case_dir, output_dir):
+def rank_reference(fresh_dir, output_dir):
     """Spearman and pair accuracy of the reference on fresh prompts."""
     from benchmarks import reference  # torch; the measuring process stays small
 
-    rows, golden = reference.load_data(case_dir, "TEST")
+    rows, golden = reference.load_data(fresh_dir, "TEST")
     flat = rows.reshape(-1, rows.shape[2])
     scores = {
         path.stem: reference.score_rows(reference.load_model(path, flat.shape[1]), flat).reshape(golden.shape)
@@ -127,24 +143,28 @@ def rank_reference(case_dir, output_dir):
     return {name: _ranking(values, golden) for name, values in table.items()}
 
 
+def rank_ours(fresh_dir, output_dir):
+    """The same of ours."""
+    import networks
+    from rewardlib import ensembles
+
+    fresh, output_dir = embeddings.load(fresh_dir, "test"), Path(output_dir)
+    [path] = output_dir.glob("orm_*.json")
+    record = artifacts.read_json(path, "step 5")
+    dtype = networks.TYPES[record["settings"]["precision"]]
+    ensemble = ensembles.load_members(output_dir, record, fresh.shape[2], dtype)
+    [student] = output_dir.glob("distilled_rm_*.ckpt")
+    others = [ensembles.load_model(student, fresh.shape[2]), np.load(output_dir / "linear_probe.npy")]
+    raw = ensembles.score_raw([*ensemble.models, *others], fresh, np.arange(fresh.shape[0]), dtype)
+    members = ensembles.on_scale(ensemble, raw[:-2])
+    table = {"members": members, "ensemble": [members.mean(0)], "student": raw[-2:-1], "linear probe": raw[-1:]}
+    return {name: _ranking(values, fresh.rewards) for name, values in table.items()}
+
+
 def _ranking(scores, golden):
     return {
         "spearman": float(np.mean([np.nanmean(metrics.spearman(s, golden)) for s in scores])),
         "pair_accuracy": float(np.mean([np.nanmean(metrics.pair_accuracy(s, golden)) for s in scores])),
-    }
-
-
-def rank_ours(output_dir):
-    """The same of ours, from what steps 6 and 8 report for the test set."""
-    [path] = Path(output_dir).glob("eval_results_*.json")
-    evaluated = artifacts.read_json(path, "step 6")["test"]
-    validated = artifacts.read_json(Path(output_dir) / "validation_results.json", "step 8")["test"]
-    names = ("spearman", "pair_accuracy")
-    return {
-        "members": {name: float(np.mean([row[name] for row in evaluated["members"]])) for name in names},
-        "ensemble": {name: evaluated["aggregations"]["mean"][name] for name in names},
-        "student": {name: validated["Student"][name] for name in names},
-        "linear probe": {name: evaluated["baselines"]["linear_probe"][name] for name in names},
     }
 
 
@@ -194,8 +214,11 @@ def main(argv=None):
     args = parse_args(argv)
     variants = dict(text.split("=", 1) for text in args.variant) if args.variant else VARIANTS
     with tempfile.TemporaryDirectory() as scratch:
-        case_dir = args.case_dir or f"{scratch}/case"
-        elsewhere(make_case, case_dir, args.n_prompts, 10, args.dim, args.n_test_prompts)
+        case_dir = Path(args.case_dir or f"{scratch}/case")
+        data_dir, fresh_dir = case_dir / ("both" if args.with_test else "train"), case_dir / "fresh"
+        elsewhere(make_case, data_dir, args.n_prompts, 10, args.dim, args.n_test_prompts if args.with_test else 0)
+        case.make(fresh_dir, 0, 10, args.dim, args.n_test_prompts)
+        pairs = draw_pairs(args, data_dir, artifacts.writable_dir(f"{scratch}/pairs"))
         plain, ours = [], {name: [] for name in variants}
         ranking = {}
         for repeat in range(args.repeats):
@@ -204,15 +227,22 @@ def main(argv=None):
                 output_dir = f"{scratch}/{repeat} {name}"
                 Path(output_dir).mkdir()
                 if name == "reference":
-                    plain.append(run_reference(args, case_dir, output_dir))
-                    ranking[name] = elsewhere(rank_reference, case_dir, output_dir)
+                    plain.append(run_reference(args, data_dir, output_dir, pairs))
+                    ranking[name] = elsewhere(rank_reference, fresh_dir, output_dir)
                 else:
                     ours[name].append(
-                        run_ours(args, case_dir, output_dir, variants[name], name == next(iter(variants)))
+                        run_ours(args, data_dir, output_dir, variants[name], name == next(iter(variants)))
                     )
-                    ranking[name] = rank_ours(output_dir)
+                    ranking[name] = elsewhere(rank_ours, fresh_dir, output_dir)
                 shutil.rmtree(output_dir)
-    results = {
+            results = summary(args, variants, plain, ours, ranking)
+            if args.output:
+                artifacts.write_json(args.output, results)
+    report(results)
+
+
+def summary(args, variants, plain, ours, ranking):
+    return {
         "machine": describe_machine(),
         "arguments": vars(args),
         "reference": {"medians": medians(plain), "ranking": ranking["reference"], "runs": plain},
@@ -221,9 +251,6 @@ def main(argv=None):
             for name, flags in variants.items()
         },
     }
-    report(results)
-    if args.output:
-        artifacts.write_json(args.output, results)
 
 
 if __name__ == "__main__":

@@ -50,16 +50,21 @@ def load_model(path, dim):
     return model.eval()
 
 
+def draw_pairs(rewards, n_pairs, rng):
+    """Prompt and response of either side, and 1.0 where the first is preferred, of n_pairs pairs across prompts."""
+    for i in range(n_pairs):
+        n, m = i % len(rewards), rng.integers(len(rewards))
+        k, j = rng.integers(rewards.shape[1], size=2)
+        gap = 10 * (rewards[n, k] - rewards[m, j]) / rewards.std()
+        yield n, k, m, j, float(rng.random() < 1 / (1 + np.exp(-np.clip(gap, -500, 500))))
+
+
 def step5(args):
     embeddings, rewards = load_data(args.data_dir)
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     first, second, labels = [], [], []
-    for i in range(args.n_pairs):
-        n, m = i % len(embeddings), rng.integers(len(embeddings))
-        k, j = rng.integers(embeddings.shape[1], size=2)
-        gap = 10 * (rewards[n, k] - rewards[m, j]) / rewards.std()
-        label = float(rng.random() < 1 / (1 + np.exp(-np.clip(gap, -500, 500))))
+    for n, k, m, j, label in np.load(args.pairs) if args.pairs else draw_pairs(rewards, args.n_pairs, rng):
         first += [embeddings[n, k], embeddings[m, j]]
         second += [embeddings[m, j], embeddings[n, k]]
         labels += [label, 1 - label]
@@ -187,6 +192,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--members", type=int, default=10)
     parser.add_argument("--n_pairs", type=int, default=5000)
+    parser.add_argument("--pairs", type=Path, help="pairs_....npy of step 5; None: n_pairs are drawn")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=6)
     args = parser.parse_args()

@@ -64,6 +64,13 @@ def test_the_case_is_a_data_folder_of_what_it_says(tmp_path):
     assert told["arguments"]["k_test"] == 2 and len(told["files"]) == 12
 
 
+def test_train_and_test_prompts_can_be_made_apart(folder, tmp_path):
+    whole = contents(folder)
+    train = contents(case.make(tmp_path / "train", **TINY | {"n_test": 0}))
+    fresh = contents(case.make(tmp_path / "fresh", **TINY | {"n": 0}))
+    assert len(train) == len(fresh) == 6 and train | fresh == whole
+
+
 # ---------------------------------------------------------------------------------------------------------- reference
 
 
@@ -77,7 +84,7 @@ def reference_run(folder, tmp_path_factory):
 def run_reference(steps=reference.STEPS, **flags):
     with torch.random.fork_rng():
         for step in steps:
-            reference.STEPS[step](argparse.Namespace(**flags, seed=6))
+            reference.STEPS[step](argparse.Namespace(**{"pairs": None, "seed": 6} | flags))
 
 
 def test_the_reference_finishes(folder, reference_run):
@@ -111,6 +118,20 @@ def test_the_reference_learns(tmp_path):
     assert json.loads((tmp_path / "eval.json").read_text())["mean"][0] > 0.8
 
 
+def test_the_reference_trains_on_the_pairs_it_is_given(folder, tmp_path):
+    """Labels turned round turn the ranking of the training prompts round."""
+    train, _ = embeddings.load_pair(folder)
+    rng, rho = np.random.default_rng(0), []
+    (n, m), (k, j) = (rng.integers(size, size=(2, 400)) for size in train.shape[:2])
+    better = train.rewards[n, k] > train.rewards[m, j]
+    flags = {"data_dir": folder, "output_dir": tmp_path, "members": 1, "epochs": 10}
+    for labels in (better, ~better):
+        np.save(tmp_path / "pairs.npy", np.column_stack([n, k, m, j, labels]).astype(np.int32))
+        run_reference(steps=("step5", "step6"), **flags, pairs=tmp_path / "pairs.npy")
+        rho.append(json.loads((tmp_path / "eval.json").read_text())["mean"][0])
+    assert rho[0] > 0.2 and rho[1] < -0.2
+
+
 def test_our_steps_finish_on_the_case(folder, tmp_path):
     run_steps(folder, tmp_path)
     results = artifacts.read_json(tmp_path / "validation_results.json", "step 8")
@@ -127,9 +148,10 @@ def output(module, *argv):
     return text.getvalue()
 
 
-def test_the_pipeline_benchmark_measures_both_sides(tmp_path):
+@pytest.mark.parametrize("with_test", [[], ["--with_test"]], ids=["train", "with_test"])
+def test_the_pipeline_benchmark_measures_both_sides(tmp_path, with_test):
     sizes = ["--repeats", 1, "--n_prompts", 60, "--dim", 32, "--n_test_prompts", 20, "--n_members", 2, "--n_pairs", 40]
-    few = [*sizes, "--reference_epochs", 2, "--variant", "small=--hidden 16 8 --precision fp32"]
+    few = [*sizes, "--reference_epochs", 2, "--variant", "small=--hidden 16 8 --precision fp32", *with_test]
     text = output(cpu_pipeline, *few, "--output", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["reference"]["medians"]) == set(cpu_pipeline.STEPS)

@@ -284,7 +284,7 @@ def add_distillation_flags(made):
     group.add_argument(
         "--distill_responses",
         type=at_least(20),
-        default=20_000,
+        default=12_000,
         help="most responses to calibrate on and learn from, spread over the prompts",
     )
     group.add_argument(

@@ -217,7 +217,7 @@ def main(argv=None):
         case_dir = Path(args.case_dir or f"{scratch}/case")
         data_dir, fresh_dir = case_dir / ("both" if args.with_test else "train"), case_dir / "fresh"
         elsewhere(make_case, data_dir, args.n_prompts, 10, args.dim, args.n_test_prompts if args.with_test else 0)
-        case.make(fresh_dir, 0, 10, args.dim, args.n_test_prompts)
+        elsewhere(case.make, fresh_dir, 0, 10, args.dim, args.n_test_prompts)
         pairs = draw_pairs(args, data_dir, artifacts.writable_dir(f"{scratch}/pairs"))
         plain, ours = [], {name: [] for name in variants}
         ranking = {}

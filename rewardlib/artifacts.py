@@ -6,6 +6,7 @@ the earlier entry or none, and the same command does the work again.
 """
 
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -183,6 +184,7 @@ def record(folder, name, work, outputs, started):
     write_json(folder / MANIFEST, manifest)
 
 
+@functools.cache
 def git_revision():
     """Revision of the checkout this code runs from, with "+changes" when it was edited, or None outside git."""
     try:
@@ -192,6 +194,7 @@ def git_revision():
         return None
 
 
+@functools.cache
 def package_versions():
     found = {}
     for name in PACKAGES:

@@ -84,6 +84,12 @@ def test_ranks_are_scipys_ties_on_their_mean(case):
     np.testing.assert_array_equal(metrics.average_ranks(case[0]), stats.rankdata(case[0], axis=1))
 
 
+def test_a_row_with_nan_has_no_ranks():
+    x = np.array([[2.0, np.nan, 1], [3, 1, 3]])
+    np.testing.assert_array_equal(metrics.average_ranks(x), stats.rankdata(x, axis=1))
+    np.testing.assert_array_equal(metrics.average_ranks(x), [[np.nan] * 3, [2.5, 1, 2.5]])
+
+
 def test_cross_prompt_accuracy_of_many_responses_is_kendalls_but_for_the_pairs_within():
     """3,000 responses, a number that is no power of two, with ties on both sides."""
     rng = np.random.default_rng(1)

@@ -129,7 +129,10 @@ def scale(models, train, prompts, dtype=torch.float32):
 def scale_of(paths, train, prompts, dtype=torch.float32):
     """`scale` of the models at `paths`, one in memory at a time; InputError for one whose scores are not finite."""
     found = [scale([model], train, prompts, dtype) for model in Stored(paths, train.shape[2])]
-    centre, spread = (np.concatenate(part) for part in zip(*found, strict=True))
+    return _finite(paths, *(np.concatenate(part) for part in zip(*found, strict=True)))
+
+
+def _finite(paths, centre, spread):
     finite = np.isfinite(centre) & np.isfinite(spread)
     if not finite.all():
         raise InputError(f"{paths[int(np.argmin(finite))]}: expected finite scores, found NaN or inf")
@@ -138,8 +141,8 @@ def scale_of(paths, train, prompts, dtype=torch.float32):
 
 def load(paths, train, prompts, dtype=torch.float32):
     """The models at `paths` on one scale: mean 0, sd 1 over a fixed sample of the responses of `prompts`."""
-    models = Stored(paths, train.shape[2])
-    return Ensemble(list(models), *scale_of(paths, train, prompts, dtype), dtype)
+    models = list(Stored(paths, train.shape[2]))
+    return Ensemble(models, *_finite(paths, *scale(models, train, prompts, dtype)), dtype)
 
 
 def load_members(output_dir, record, dim, dtype=torch.float32):

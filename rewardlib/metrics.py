@@ -60,21 +60,23 @@ def average_ranks(x):
 
     What scipy.stats.rankdata gives, without the half second that scipy.stats takes to load.
     """
-    order, first = _ordered_runs(x)
-    last = x.shape[1] - 1 - _run_starts(_same(np.take_along_axis(x, order, 1))[:, ::-1])[:, ::-1]
+    order, same = _ordered(x)
+    first, last = _run_starts(same), x.shape[1] - 1 - _run_starts(same[:, ::-1])[:, ::-1]
     return np.where(np.isnan(x).any(1, keepdims=True), np.nan, _put(order, (first + last) / 2 + 1))
 
 
 def _dense_ranks(x):
     """Ranks 0, 1, ... of the different values of each row (N, K)."""
-    order, first = _ordered_runs(x)
-    return _put(order, np.cumsum(first == np.arange(x.shape[1]), axis=1) - 1)
+    order, same = _ordered(x)
+    ranks = np.zeros(x.shape, np.int64)
+    np.cumsum(~same, axis=1, out=ranks[:, 1:])
+    return _put(order, ranks)
 
 
-def _ordered_runs(x):
-    """The order (N, K) that sorts each row, and where in it the run of equal values starts that each place is in."""
+def _ordered(x):
+    """The order (N, K) that sorts each row, and `_same` of the row in that order."""
     order = np.argsort(x, axis=1)
-    return order, _run_starts(_same(np.take_along_axis(x, order, 1)))
+    return order, _same(np.take_along_axis(x, order, 1))
 
 
 def _same(ordered):

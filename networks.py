@@ -18,6 +18,7 @@ HIDDEN = (1024, 512)
 SCORE_ROWS = 1024
 WARMUP = 0.1
 FIRST_LOOK = 512  # prompts that tell the student's first slope
+UPDATE_SIZE = 1 << 18  # weights updated at a time, so that they and their state stay in the cache
 
 
 class _Linear(nn.Linear):
@@ -31,12 +32,14 @@ class MLP(nn.Module):
     """input_dim -> hidden[0] -> hidden[1] -> 1 with ReLU, on raw embeddings; a plain state_dict fc1 ... fc3.
 
     `generator` seeds the weights, drawn as torch.nn.Linear draws them; without one they are left to be loaded.
+    dtype: of the hidden layers' weights, and so the type they compute in; the last layer is float32.
     """
 
-    def __init__(self, input_dim, hidden=HIDDEN, generator=None):
+    def __init__(self, input_dim, hidden=HIDDEN, generator=None, dtype=torch.float32):
         super().__init__()
-        sizes = (input_dim, *hidden, 1)
-        self.fc1, self.fc2, self.fc3 = (_Linear(sizes[i], sizes[i + 1]) for i in range(3))
+        self.fc1 = _Linear(input_dim, hidden[0], dtype=dtype)
+        self.fc2 = _Linear(hidden[0], hidden[1], dtype=dtype)
+        self.fc3 = _Linear(hidden[1], 1)
         if generator is not None:
             for layer in (self.fc1, self.fc2, self.fc3):
                 bound = 1 / math.sqrt(layer.in_features)
@@ -44,11 +47,19 @@ class MLP(nn.Module):
                 nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
     def forward(self, x):
-        """(..., input_dim) -> (...) float32 scores; the hidden layers compute in the type of x, float32 or bfloat16."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-            x = F.relu(self.fc1(x), inplace=True)
-            x = F.relu(self.fc2(x), inplace=True)
+        """(..., input_dim), of the type of the hidden layers -> (...) float32 scores."""
+        x = F.relu(self.fc1(x), inplace=True)
+        x = F.relu(self.fc2(x), inplace=True)
         return self.fc3(x.float()).squeeze(-1)
+
+
+def in_type(model, dtype):
+    """An MLP whose hidden layers compute in `dtype`: `model` itself where they do, else a copy."""
+    if model.fc1.weight.dtype == dtype:
+        return model
+    made = MLP(model.fc1.in_features, (model.fc1.out_features, model.fc2.out_features), dtype=dtype)
+    made.load_state_dict(model.state_dict())
+    return made.train(model.training)
 
 
 def bt_loss(scores, labels):
@@ -99,8 +110,11 @@ def gather(parts, n, dim, dtype):
     return rows
 
 
-def train(model, n, loss, validate, settings, generator):
+def train(model, n, loss, validate, settings, generator, working=None):
     """Minimise loss(index tensor) over shuffled passes through range(n); keep the best validated state.
+
+    working: the copy of `model` that loss and validate compute with, where it is of another type: gradients are taken
+    there, and each update of model's float32 weights is rounded into it (mixed precision, arXiv 1710.03740).
 
     AdamW, learning rate warmed up over the first tenth of the steps, then lowered to zero along a cosine. `validate()`
     returns the measures of an epoch; "quality" among them decides: the state with the highest one is restored at the
@@ -115,8 +129,8 @@ def train(model, n, loss, validate, settings, generator):
             return settings.learning_rate * (step + 1) / warmup
         return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
-    weights = list(model.parameters())
-    step_of = _adamw(weights, settings.weight_decay)
+    weights = list((model if working is None else working).parameters())
+    step_of = _adamw(list(model.parameters()), weights, settings.weight_decay)
     log, best_epoch, best_quality, best_state, step = [], 0, -math.inf, None, 0
     for epoch in range(1, settings.epochs + 1):
         total_loss = torch.zeros(())
@@ -157,21 +171,28 @@ def _copied(state, into):
     return into
 
 
-def _adamw(weights, weight_decay):
-    """update(gradients, learning rate) of fused AdamW with torch's defaults.
+def _adamw(weights, working, weight_decay):
+    """update(gradients, learning rate) of fused AdamW with torch's defaults, and of the `working` copies of weights.
 
     torch.optim.AdamW does the same, but its first instance loads the compiler: a second of CPU time and 70 MB.
     """
-    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-    steps = [torch.zeros(()) for _ in weights]
     constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": weight_decay}
+    state = []
+    for weight, copied in zip(weights, working, strict=True):
+        columns = weight.detach(), torch.zeros_like(weight), torch.zeros_like(weight), copied.detach()
+        parts = zip(*(tensor.view(-1).split(UPDATE_SIZE) for tensor in columns), strict=True)
+        state.append([(*part, torch.zeros(())) for part in parts])
 
     def update(gradients, rate):
-        with torch.no_grad():
-            adamw(
-                weights, list(gradients), first, second, [], steps,
-                fused=True, amsgrad=False, maximize=False, lr=rate, **constants,
-            )  # fmt: skip
+        for parts, gradient in zip(state, gradients, strict=True):
+            slopes = gradient.reshape(-1).split(UPDATE_SIZE)
+            for (weight, first, second, copied, step), slope in zip(parts, slopes, strict=True):
+                adamw(
+                    [weight], [slope.float()], [first], [second], [], [step],
+                    fused=True, amsgrad=False, maximize=False, lr=rate, **constants,
+                )  # fmt: skip
+                if copied.data_ptr() != weight.data_ptr():
+                    copied.copy_(weight)
 
     return update
 
@@ -192,6 +213,7 @@ def train_ensemble(rows, pairs, labels, members, objective, settings, hidden=HID
         model = MLP(rows.shape[1], hidden, generator)
         parts = (pairs[fit], labels[fit]), (pairs[held], labels[held])
         yield model, _train_member(model, rows, *parts, objective, settings, generator)
+        del model  # before the next one is made
 
 
 def _train_member(model, rows, fit, held, objective, settings, generator):
@@ -199,14 +221,16 @@ def _train_member(model, rows, fit, held, objective, settings, generator):
     objective_loss = LOSSES[objective]
     (pairs, labels), (held_pairs, held_labels) = fit, held
     held_rows, held_index = torch.unique(held_pairs, return_inverse=True)
+    working = in_type(model, rows.dtype)
 
     def loss(batch):
-        return objective_loss(model(rows[pairs[batch]]), labels[batch])
+        scores = working(rows.index_select(0, pairs[batch].flatten())).view(-1, 2)
+        return objective_loss(scores, labels[batch])
 
     def validate():
         if not len(held_labels):
             return {}
-        scores = _score(model, rows, held_rows)[held_index]
+        scores = _score(working, rows, held_rows)[held_index]
         right = torch.where(held_labels == 1, 1, -1) * torch.sign(scores[:, 0] - scores[:, 1])
         accuracy = 0.5 + 0.5 * right.mean().item()
         return {
@@ -215,7 +239,7 @@ def _train_member(model, rows, fit, held, objective, settings, generator):
             "quality": accuracy,
         }
 
-    return train(model, len(labels), loss, validate, settings, generator)
+    return train(model, len(labels), loss, validate, settings, generator, working)
 
 
 def train_student(start, rows, targets, preferences, parts, student_loss, ranking_lambda, settings, seed):
@@ -235,18 +259,19 @@ def train_student(start, rows, targets, preferences, parts, student_loss, rankin
     wanted = ((targets - centre) / spread).float()
     n_responses = rows.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    model = copy.deepcopy(start)
+    model = copy.deepcopy(start).float()
     del start  # which may be large, and is no longer needed where the caller has no use for it
 
     some = fit[:: 1 + len(fit) // FIRST_LOOK]
     with torch.inference_mode():
-        scores = _score(model, rows, some)
+        scores = _score(in_type(model, rows.dtype), rows, some)
     slope = torch.corrcoef(torch.stack([scores.flatten(), wanted[some].flatten()]))[0, 1] / scores.std()
     slope = slope if torch.isfinite(slope) else torch.ones(())
     _rescale(model, slope, -slope * scores.mean())
+    working = in_type(model, rows.dtype)
 
     def loss(batch):
-        scores = model(rows[fit[batch]])
+        scores = working(rows.index_select(0, fit[batch]))
         value = F.mse_loss(scores, wanted[fit[batch]])
         if student_loss == "hybrid":
             shift = int(torch.randint(1, n_responses, (), generator=generator))
@@ -255,12 +280,12 @@ def train_student(start, rows, targets, preferences, parts, student_loss, rankin
         return value
 
     def validate():
-        error = F.mse_loss(_score(model, rows, held), wanted[held]).item()
+        error = F.mse_loss(_score(working, rows, held), wanted[held]).item()
         variance = wanted[held].var(correction=0).item()
         share = 1 - error / variance if variance else None
         return {"validation_loss": error, "validation_r2": share, "quality": -error}
 
-    log = train(model, len(fit), loss, validate, settings, generator)
+    log = train(model, len(fit), loss, validate, settings, generator, working)
     _rescale(model, spread.float(), centre.float())
     return model, log
 
@@ -275,13 +300,14 @@ def _rescale(model, slope, offset):
 def _score(model, rows, at):
     """Scores of rows[at], in parts that fit the cache; `at` indexes the first axis of rows (R, ..., D)."""
     step = max(1, SCORE_ROWS // math.prod(rows.shape[1:-1]))
-    return torch.cat([model(rows[part]) for part in at.split(step)])
+    return torch.cat([model(rows.index_select(0, part)) for part in at.split(step)])
 
 
 def predict(model, rows, dtype=torch.float32):
     """Scores of `rows` (m, input_dim), an array or a tensor, as a float32 array (m,), computed in `dtype`."""
     rows = rows if torch.is_tensor(rows) else torch.from_numpy(np.ascontiguousarray(rows, np.float32))
     with torch.inference_mode():
+        model = in_type(model, dtype)
         return torch.cat([model(part) for part in rows.to(dtype).split(SCORE_ROWS)]).numpy()
 
 

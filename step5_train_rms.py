@@ -152,22 +152,24 @@ def train_members(args, settings, work, drawn, rows, index, n_folds, output_dir,
 
         kind = reward_models.model_class(args.rm_model, args.rm_objective)
         trained = reward_models.fit_members(kind, rows, index, drawn.labels, drawn.folds, jobs, ratings)
-    progress = tqdm(todo, desc="members", disable=None)
-    started = time.time()
-    for (member, name, member_work), (model, log) in zip(progress, trained, strict=True):
-        path = ensembles.save(output_dir / name, model)
-        del model  # else it is there while the next one is trained
-        best = max(entry["epoch"] for entry in log if entry["best"])
-        about = {
-            "member": member,
-            "file": path.name,
-            "validation_fold": member % n_folds,
-            "best_epoch": best,
-            "log": log,
-        }
-        artifacts.write_json(output_dir / f"{name}.json", about)
-        artifacts.record(output_dir, name, member_work, [path.name, f"{name}.json"], started)
-        started = time.time()
+    waiting, started = iter(todo), time.time()
+    with tqdm(total=len(todo), desc="members", disable=None) as bar:
+        for model, log in trained:  # neither zip nor tqdm: they would hold a model while the next one is trained
+            member, name, member_work = next(waiting)
+            path = ensembles.save(output_dir / name, model)
+            del model
+            best = max(entry["epoch"] for entry in log if entry["best"])
+            about = {
+                "member": member,
+                "file": path.name,
+                "validation_fold": member % n_folds,
+                "best_epoch": best,
+                "log": log,
+            }
+            artifacts.write_json(output_dir / f"{name}.json", about)
+            artifacts.record(output_dir, name, member_work, [path.name, f"{name}.json"], started)
+            bar.update()
+            started = time.time()
     stems = [orm.stem(settings, settings["n_sample"], member) for member in range(args.ensemble_number)]
     return [artifacts.read_json(output_dir / f"{name}.json", "step 5") for name in stems]
 

@@ -24,7 +24,7 @@ from rewardlib.artifacts import InputError
 
 DTYPES = ("float16", "float32", "float64")
 BLOCK_BYTES = 1 << 25
-READ_BYTES = 1 << 23
+READ_BYTES = 1 << 22
 LARGEST = np.finfo(np.float32).max  # rows are read as float32
 # Data of these writers can be made again, so they may replace each other's; anything else in DATA_DIR is left alone.
 PRODUCERS = ("convert_embeddings.py", "generate_demo_data.py")

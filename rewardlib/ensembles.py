@@ -141,14 +141,19 @@ def _finite(paths, centre, spread):
 
 def load(paths, train, prompts, dtype=torch.float32):
     """The models at `paths` on one scale: mean 0, sd 1 over a fixed sample of the responses of `prompts`."""
-    models = list(Stored(paths, train.shape[2]))
+    models = _loaded(paths, train.shape[2], dtype)
     return Ensemble(models, *_finite(paths, *scale(models, train, prompts, dtype)), dtype)
+
+
+def _loaded(paths, dim, dtype):
+    """The models at `paths`, MLPs in the type they compute in: in bfloat16 they take half the memory."""
+    return [networks.in_type(m, dtype) if isinstance(m, networks.MLP) else m for m in Stored(paths, dim)]
 
 
 def load_members(output_dir, record, dim, dtype=torch.float32):
     """The ensemble of step 5's `record`, on the scale that step 5 measured."""
-    models = Stored([Path(output_dir) / member["file"] for member in record["members"]], dim)
-    return Ensemble(list(models), *recorded_scale(record), dtype)
+    paths = [Path(output_dir) / member["file"] for member in record["members"]]
+    return Ensemble(_loaded(paths, dim, dtype), *recorded_scale(record), dtype)
 
 
 def recorded_scale(record):

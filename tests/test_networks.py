@@ -581,10 +581,50 @@ def hidden_types(model, rows):
 
 
 @pytest.mark.parametrize("dtype", networks.TYPES.values(), ids=networks.TYPES)
-def test_hidden_layers_compute_in_the_type_of_the_rows_and_scores_are_float32(dtype):
+def test_hidden_layers_compute_in_their_type_and_scores_are_float32(dtype):
     model, rows = networks.MLP(D, generator=generator()), torch.randn(9, D, generator=generator())
-    assert hidden_types(model, rows.to(dtype)) == [dtype] * 2
+    working = networks.in_type(model, dtype)
+    assert hidden_types(working, rows.to(dtype)) == [dtype] * 2
+    assert (working is model) == (dtype == torch.float32) and networks.in_type(working, dtype) is working
     assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    for name, value in working.state_dict().items():
+        assert value.dtype == (torch.float32 if name.startswith("fc3") else dtype)
+        assert torch.equal(value, model.state_dict()[name].to(value.dtype))
+
+
+@pytest.mark.parametrize("dtype", networks.TYPES.values(), ids=networks.TYPES)
+def test_an_update_is_that_of_torch_and_is_rounded_into_the_copies(monkeypatch, dtype):
+    """Parts of 5 numbers: of a matrix of 12, a vector of 3 and a scalar."""
+    monkeypatch.setattr(networks, "UPDATE_SIZE", 5)
+    weights = [torch.randn(size, generator=generator()) for size in [(3, 4), (3,), ()]]
+    theirs = [weight.clone().requires_grad_() for weight in weights]
+    copies = [weight.to(dtype) for weight in weights] if dtype != torch.float32 else weights
+    update = networks._adamw(weights, copies, 0.1)
+    optimiser = torch.optim.AdamW(theirs, weight_decay=0.1)
+    for step in range(1, 6):
+        slopes = [torch.randn(weight.shape, generator=generator(step)).to(dtype) for weight in weights]
+        slopes[0] = slopes[0].t().contiguous().t()
+        for group in optimiser.param_groups:
+            group["lr"] = 0.1 / step
+        for weight, slope in zip(theirs, slopes, strict=True):
+            weight.grad = slope.float()
+        optimiser.step()
+        update(slopes, 0.1 / step)
+        for weight, other, copied in zip(weights, theirs, copies, strict=True):
+            torch.testing.assert_close(weight, other.detach())
+            assert torch.equal(copied, weight.to(dtype))
+
+
+def test_training_changes_a_model_and_its_working_copy_alike():
+    model = networks.MLP(D, (8, 4), generator())
+    working, before = networks.in_type(model, torch.bfloat16), copy.deepcopy(model)
+    rows = torch.randn(20, D, generator=generator()).bfloat16()
+
+    def loss(batch):
+        return working(rows[batch]).square().mean()
+
+    networks.train(model, 20, loss, dict, networks.Training(3, 0.01, 5), generator(), working)
+    assert not same(model, before) and same(networks.in_type(model, torch.bfloat16), working)
 
 
 def test_bf16_scores_are_those_of_fp32_to_its_8_bits():

@@ -60,7 +60,7 @@ def parse_args(argv=None):
 VARIANTS = {
     "1024 512": "--training_epochs 3",
     "fp32": "--training_epochs 3 --precision fp32",
-    "hidden 256 64": "--training_epochs 3 --hidden 256 64 --learning_rate 0.002",
+    "hidden 256 64": "--training_epochs 4 --hidden 256 64 --learning_rate 0.002",
 }
 
 

@@ -315,6 +315,18 @@ def test_members_of_a_record_have_the_scale_that_it_tells(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", networks.TYPES.values(), ids=networks.TYPES)
+def test_members_are_held_in_the_type_that_they_compute_in(tmp_path, dtype):
+    data, paths = responses(), save_models(tmp_path)
+    loaded = ensembles.load(paths, data, np.arange(N), dtype)
+    scale = {"centre": loaded.centre, "spread": loaded.spread}
+    record = {"members": [{"file": path.name} for path in paths], "scale": scale}
+    for ensemble in (loaded, ensembles.load_members(tmp_path, record, D, dtype)):
+        assert {made.fc1.weight.dtype for made in ensemble.models} == {dtype}
+        stored = ensembles.Ensemble(ensembles.Stored(paths, D), loaded.centre, loaded.spread, dtype)
+        np.testing.assert_array_equal(ensembles.score(ensemble, data, [2, 0]), ensembles.score(stored, data, [2, 0]))
+
+
+@pytest.mark.parametrize("dtype", networks.TYPES.values(), ids=networks.TYPES)
 def test_networks_and_linear_scorers_score_any_responses_in_one_pass(monkeypatch, dtype):
     """`dtype` is that of the networks; the linear scorer sees the embeddings as they are."""
     monkeypatch.setattr(embeddings, "READ_BYTES", 3 * 4 * D)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import joblib
 import numpy as np
@@ -287,6 +288,19 @@ def test_the_student_learns_from_as_many_responses_as_are_allowed(data, copy, li
 def test_fewer_steps_are_fewer_passes(data, copy):
     run_step(7, data, copy, "--distill_steps", "6")
     assert len((copy / "student_log.jsonl").read_text().splitlines()) == 2, "48 prompts twice over make 3 batches"
+
+
+def test_one_member_is_in_memory_at_a_time(data, tmp_path, monkeypatch):
+    made, alive, train_member = weakref.WeakSet(), [], networks._train_member
+
+    def train(model, *args):
+        made.add(model)
+        alive.append(len(made))
+        return train_member(model, *args)
+
+    monkeypatch.setattr(networks, "_train_member", train)
+    run_step(5, data, tmp_path / "out", "--ensemble_number", "4")
+    assert alive == [1, 1, 1, 1]
 
 
 def test_member_names_follow_the_contract(finished):

@@ -213,7 +213,6 @@ def train_ensemble(rows, pairs, labels, members, objective, settings, hidden=HID
         model = MLP(rows.shape[1], hidden, generator)
         parts = (pairs[fit], labels[fit]), (pairs[held], labels[held])
         yield model, _train_member(model, rows, *parts, objective, settings, generator)
-        del model  # before the next one is made
 
 
 def _train_member(model, rows, fit, held, objective, settings, generator):

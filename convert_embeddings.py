@@ -1,7 +1,7 @@
 """Convert published embedding files to DATA_DIR's format: one file of embeddings and one of rewards per response.
 
 Reads   EMBD_*.npy with REWARD_*.npy, EMBD-TRAIN-*.npy with REWARD-TRAIN-*.npy, or embd_*.npy with reward_*.npy
-        (rewardlib/published.py has the names in full), found in --embd_dir or named by --embd_file and --reward_file
+        (rewardlib/data/published.py has the names in full), found in --embd_dir or named by --embd_file and --reward_file
 Writes  --output_dir/EMBD-{TRAIN,TEST}-split_{k}.npy, rewards_split_{k}.json, rewards_test_split_{k}.json, manifest.json
 
 The work is done in --output_dir/.converting and moved into place when all of it is complete: until then the folder
@@ -21,10 +21,12 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
-import cli
 import rewardlib
-from rewardlib import artifacts, embeddings, published
-from rewardlib.artifacts import MANIFEST, InputError
+from rewardlib import artifacts
+from rewardlib.artifacts import MANIFEST
+from rewardlib.cli import console, kinds
+from rewardlib.data import embeddings, published
+from rewardlib.errors import InputError
 
 STAGING = ".converting"
 PROGRESS = "progress.json"
@@ -33,7 +35,7 @@ REWARD_LINE_BYTES = 40
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
     group.add_argument("--embd_dir", help="folder to search, sub-folders included")
     group.add_argument("--embd_file", nargs="+", help="embedding file instead of a search; two: train, then test")
@@ -49,7 +51,7 @@ def parse_args(argv=None):
     group.add_argument("--reward_model", help="golden reward model, for where several fit; None: any")
     group = parser.add_argument_group("outputs")
     group.add_argument("--output_dir", default="data", help="DATA_DIR of the other steps")
-    group.add_argument("--max_prompts", type=cli.count_or_all, default="all", help="first prompts of a split, or all")
+    group.add_argument("--max_prompts", type=kinds.count_or_all, default="all", help="first prompts of a split, or all")
     group.add_argument("--dtype", choices=("keep", "float16", "float32"), default="keep", help="of the embeddings")
     return parser.parse_args(argv)
 
@@ -340,4 +342,4 @@ def report(folder):
 
 
 if __name__ == "__main__":
-    cli.run(main, "convert_embeddings")
+    console.run(main, "convert_embeddings")

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import cli
-from rewardlib import artifacts, embeddings, metrics, seeds
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts, seeds
+from rewardlib.cli import console, kinds
+from rewardlib.data import embeddings
+from rewardlib.errors import InputError
+from rewardlib.measures import ranking
 
 LATENT_DIM = 16
 HIDDEN = 32
@@ -27,13 +29,13 @@ LATENT_SD, REST_SD = 3.0, 0.3
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    parser.add_argument("--n_splits", type=cli.count, default=10, help="train responses per prompt, K")
-    parser.add_argument("--n_prompts", type=cli.count, default=200, help="train prompts, N")
-    parser.add_argument("--n_test_splits", type=cli.count, default=50, help="test responses per prompt")
-    parser.add_argument("--n_test_prompts", type=cli.count, default=100, help="test prompts")
-    parser.add_argument("--emb_dim", type=cli.count, default=2048, help="embedding dimensions, D")
-    parser.add_argument("--seed", type=cli.seed, default=42, help="of the function and of every draw")
+    parser = console.parser(__doc__)
+    parser.add_argument("--n_splits", type=kinds.count, default=10, help="train responses per prompt, K")
+    parser.add_argument("--n_prompts", type=kinds.count, default=200, help="train prompts, N")
+    parser.add_argument("--n_test_splits", type=kinds.count, default=50, help="test responses per prompt")
+    parser.add_argument("--n_test_prompts", type=kinds.count, default=100, help="test prompts")
+    parser.add_argument("--emb_dim", type=kinds.count, default=2048, help="embedding dimensions, D")
+    parser.add_argument("--seed", type=kinds.seed, default=42, help="of the function and of every draw")
     parser.add_argument("--output_dir", default="data", help="DATA_DIR of the other steps")
     args = parser.parse_args(argv)
     if args.emb_dim < LATENT_DIM:
@@ -105,8 +107,8 @@ def best_reachable(signal, golden):
     if golden.shape[1] < 2:
         return None
     return {
-        "spearman": float(np.nanmean(metrics.spearman(signal, golden))),
-        "pair_accuracy": float(np.nanmean(metrics.pair_accuracy(signal, golden))),
+        "spearman": float(np.nanmean(ranking.spearman(signal, golden))),
+        "pair_accuracy": float(np.nanmean(ranking.pair_accuracy(signal, golden))),
         "mse_knowing_function_not_offset": OFFSET_SD**2 + NOISE_SD**2,
         "reward_variance": float(golden.var()),
     }
@@ -154,4 +156,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem)
+    console.run(main, Path(__file__).stem)

@@ -78,8 +78,8 @@ NORMALIZE_REWARDS=${NORMALIZE_REWARDS:-0}
 BINARIZE_REWARDS=${BINARIZE_REWARDS:-0}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=environment.sh
-source "$here/environment.sh"
+# shellcheck source=driver.sh
+source "$here/driver.sh"
 
 for name in RUN_GPU_STEPS USE_REPO_EMBD NORMALIZE_REWARDS BINARIZE_REWARDS FORCE; do one_of "$name" 0 1; done
 for name in START_STEP STOP_STEP; do one_of "$name" 1 2 3 3.5 4 5 6 7 8; done
@@ -154,26 +154,27 @@ embed_flags=(
 
 # Preflight: every setting is parsed before the first step starts.
 "$PY" -c '
-import sys, cli, convert_embeddings
+import sys, convert_embeddings
 from rewardlib import artifacts
+from rewardlib.cli import console, flags
 def check():
     end = sys.argv.index("--")
-    parser = cli.parser(None)
-    cli.add_run_flags(parser)
-    cli.add_distillation_flags(parser)
+    parser = console.parser(None)
+    flags.add_run_flags(parser)
+    flags.add_distillation_flags(parser)
     args = parser.parse_args(sys.argv[1:end])
-    cli.distillation_settings(args)
+    flags.distillation_settings(args)
     convert_embeddings.parse_args(sys.argv[end + 1:])
     artifacts.writable_dir(args.output_dir)
-cli.run(check, "run_all.sh")
+console.run(check, "run_all.sh")
 ' "${run_flags[@]}" "${distill_flags[@]}" -- "${convert_flags[@]}"
 mkdir -p "$OUTPUT_DIR/logs"
 
 if [ "$RUN_GPU_STEPS" = 1 ] && ((START_STEP <= 4)); then
   mkdir -p "$SFT_DIR" "$GEN_DIR" "$DATA_DIR"
   "$PY" -c '
-import sys, cli, step1_sft, step2_gen_sample, step3_reward_annotation, step4_gen_embeddings
-from rewardlib import preflight
+import sys, step1_sft, step2_gen_sample, step3_reward_annotation, step4_gen_embeddings
+from rewardlib.cli import console, preflight
 def check():
     parts, rest = [], sys.argv[3:]
     while "--" in rest:
@@ -188,7 +189,7 @@ def check():
     counts = {"train": int(sys.argv[1]), "test": int(sys.argv[2])}
     preflight.check(models, sample.dataset, sample.eval_dataset, sample.data_dir, sample.adapter_name, counts,
                     sample.max_prompts, sample.output_dir)
-cli.run(check, "run_all.sh")
+console.run(check, "run_all.sh")
 ' "$N_TRAIN_RESPONSES" "$N_TEST_RESPONSES" "${sft_flags[@]}" -- "${sample_flags[@]}" -- "${score_flags[@]}" -- \
     "${embed_flags[@]}" --
 fi
@@ -226,7 +227,7 @@ fi
 if ((STOP_STEP >= 5)); then
   first=$((START_STEP > 5 ? START_STEP : 5)) status=0
   [ -z "$PAIRS" ] || run_flags+=(--pairs "$PAIRS")
-  "$PY" "$here/run_steps.py" "$first" "$STOP_STEP" "${run_flags[@]}" -- "${distill_flags[@]}" || status=$?
+  "$PY" -m rewardlib.cli.chain "$first" "$STOP_STEP" "${run_flags[@]}" -- "${distill_flags[@]}" || status=$?
   if ((status > 128 && status != 130)); then
     echo "run_all.sh: steps $first to $STOP_STEP were killed (status $status); the same command goes on from there" >&2
   fi

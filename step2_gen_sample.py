@@ -18,9 +18,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import cli
-from rewardlib import artifacts, language_models, prompts, responses, seeds
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts, seeds
+from rewardlib.cli import console, kinds
+from rewardlib.errors import InputError
+from rewardlib.llm import loading, prompts, responses, sampling
 
 STEP = "step2"
 N_SAMPLES = {"train": 10, "test": 500}
@@ -28,7 +29,7 @@ SEED_SPACING = 1 << 16
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
     group.add_argument("--model_name", default="gemma7b", help="gemma2b, gemma7b, llama38b, a hub id or a folder")
     group.add_argument("--adapter_name", default="sft", help="sft: step 1's on --dataset; none; or a folder")
@@ -36,16 +37,18 @@ def parse_args(argv=None):
     group.add_argument("--eval_dataset", help="where the prompts come from; None: as --dataset, without -gpt4")
     group.add_argument("--data_class", choices=("train", "test"), default="train", help="which prompts")
     group.add_argument("--split", choices=("0", "1", "2", "3", "4", "all"), default="all", help="part of the prompts")
-    group.add_argument("--max_prompts", type=cli.count_or_all, default="all", help="first prompts that fit, or all")
-    group.add_argument("--max_prompt_tokens", type=cli.count, default=450, help="longer prompts are dropped")
+    group.add_argument("--max_prompts", type=kinds.count_or_all, default="all", help="first prompts that fit, or all")
+    group.add_argument("--max_prompt_tokens", type=kinds.count, default=450, help="longer prompts are dropped")
     group.add_argument("--data_dir", default="data", help="folder of the prompt files")
     group.add_argument("--sft_dir", default="sft_models", help="OUTPUT_DIR of step 1")
     group = parser.add_argument_group("sampling")
-    group.add_argument("--n_samples", type=cli.count, help="responses per prompt, K; None: 10 for train, 500 for test")
-    group.add_argument("--max_len", type=cli.count, default=128, help="most tokens of a response")
-    group.add_argument("--temperature", type=cli.finite, default=1.0, help="0: the likeliest token each time")
-    group.add_argument("--top_p", type=cli.positive, default=0.95, help="share of the probability to sample from")
-    group.add_argument("--seed", type=cli.seed, default=6, help="of every prompt's own stream")
+    group.add_argument(
+        "--n_samples", type=kinds.count, help="responses per prompt, K; None: 10 for train, 500 for test"
+    )
+    group.add_argument("--max_len", type=kinds.count, default=128, help="most tokens of a response")
+    group.add_argument("--temperature", type=kinds.finite, default=1.0, help="0: the likeliest token each time")
+    group.add_argument("--top_p", type=kinds.positive, default=0.95, help="share of the probability to sample from")
+    group.add_argument("--seed", type=kinds.seed, default=6, help="of every prompt's own stream")
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--backend", choices=("auto", "vllm", "transformers"), default="auto", help="auto: vllm on a GPU"
@@ -53,8 +56,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="bfloat16 on a GPU"
     )
-    group.add_argument("--tensor_parallel", type=cli.count, default=1, help="GPUs that share the model (vllm)")
-    group.add_argument("--gpu_memory_utilization", type=cli.positive, default=0.9, help="share for vllm")
+    group.add_argument("--tensor_parallel", type=kinds.count, default=1, help="GPUs that share the model (vllm)")
+    group.add_argument("--gpu_memory_utilization", type=kinds.positive, default=0.9, help="share for vllm")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
     group.add_argument("--output_dir", default="gen_data", help="GEN_DIR of the next steps")
     args = parser.parse_args(argv)
@@ -73,7 +76,7 @@ def main(argv=None):
     args = parse_args(argv)
     backend = choose_backend(args.backend)
     adapter = find_adapter(args)
-    tokenizer = language_models.load_tokenizer(args.model_name, args.trust_remote_code)
+    tokenizer = loading.load_tokenizer(args.model_name, args.trust_remote_code)
     rows, about = choose_prompts(args, tokenizer)
     print(
         f"step2: {about['n_kept']} of {about['n_read']} {args.data_class} prompts of {args.eval_dataset}; dropped "
@@ -81,9 +84,9 @@ def main(argv=None):
     )
     names = ("n_samples", "max_len", "temperature", "top_p", "seed")
     settings = {**{key: getattr(args, key) for key in names}, "backend": backend}
-    settings["dtype"] = str(language_models.torch_dtype(args.dtype))
-    inputs = {"model": language_models.fingerprint(args.model_name)}
-    inputs["adapter"] = language_models.fingerprint(adapter) if adapter else None
+    settings["dtype"] = str(loading.torch_dtype(args.dtype))
+    inputs = {"model": loading.fingerprint(args.model_name)}
+    inputs["adapter"] = loading.fingerprint(adapter) if adapter else None
     folder = responses.run_folder(args.output_dir, args.eval_dataset, args.model_name, args.adapter_name, args.dataset)
     sample_all = None
     for part in responses.parts_named(args.split):
@@ -98,7 +101,7 @@ def main(argv=None):
             for change in artifacts.describe_change(part_dir, STEP, work):
                 print(f"step2: replacing earlier responses: {change}")
             started = time.time()
-            with language_models.memory_of("--gpu_memory_utilization, --n_samples or --max_prompt_tokens"):
+            with loading.memory_of("--gpu_memory_utilization, --n_samples or --max_prompt_tokens"):
                 sample_all = sample_all or open_backend(args, backend, tokenizer, adapter)
                 made = sample_part(args, sample_all, chosen)
             artifacts.write_jsonl(
@@ -107,7 +110,7 @@ def main(argv=None):
                     {
                         "id": row["id"],
                         "query": row["query"],
-                        "responses": [language_models.decode(tokenizer, row["ids"], one) for one in new],
+                        "responses": [sampling.decode(tokenizer, row["ids"], one) for one in new],
                     }
                     for row, new in zip(chosen, made, strict=True)
                 ),
@@ -131,7 +134,7 @@ def choose_backend(name):
         raise InputError("backend vllm: expected the package vllm, found none; install it or --backend transformers")
     if name != "auto":
         return name
-    return "vllm" if installed and language_models.device() == "cuda" else "transformers"
+    return "vllm" if installed and loading.device() == "cuda" else "transformers"
 
 
 def find_adapter(args):
@@ -154,7 +157,7 @@ def choose_prompts(args, tokenizer):
         if len(rows) == args.max_prompts:
             break
         read += 1
-        ids = language_models.encode(tokenizer, row["query"])
+        ids = sampling.encode(tokenizer, row["query"])
         if len(ids) > args.max_prompt_tokens:
             dropped.append({"id": row["id"], "tokens": len(ids)})
         else:
@@ -177,7 +180,7 @@ def open_backend(args, backend, tokenizer, adapter):
     """sample_all(prompts, seeds, n, max_len, temperature, top_p) of either backend."""
     if backend == "vllm":
         longest = args.max_prompt_tokens + args.max_len
-        return language_models.vllm_engine(
+        return sampling.vllm_engine(
             args.model_name,
             args.dtype,
             adapter,
@@ -187,11 +190,11 @@ def open_backend(args, backend, tokenizer, adapter):
             args.seed,
             args.trust_remote_code,
         )
-    model = language_models.load_model("causal", args.model_name, args.dtype, args.trust_remote_code, adapter)
+    model = loading.load_model("causal", args.model_name, args.dtype, args.trust_remote_code, adapter)
 
     def sample_all(ids, prompt_seeds, *settings):
         pairs = tqdm(list(zip(ids, prompt_seeds, strict=True)), desc="prompts", disable=None)
-        return [language_models.sample(model, tokenizer, one, seed, *settings) for one, seed in pairs]
+        return [sampling.sample(model, tokenizer, one, seed, *settings) for one, seed in pairs]
 
     return sample_all
 
@@ -203,4 +206,4 @@ def sample_part(args, sample_all, rows):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

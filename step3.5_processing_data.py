@@ -12,18 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-from rewardlib import artifacts, responses
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.cli import console, flags, kinds
+from rewardlib.errors import InputError
+from rewardlib.llm import responses
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    cli.add_generated_flags(parser)
+    parser = console.parser(__doc__)
+    flags.add_generated_flags(parser)
     parser.add_argument("--data_class", choices=("train", "test"), default="train", help="which prompts")
-    parser.add_argument("--n_samples", type=cli.count, help="expected responses per prompt; None: as step 2 made")
+    parser.add_argument("--n_samples", type=kinds.count, help="expected responses per prompt; None: as step 2 made")
     parser.add_argument("--gen_dir", default="gen_data", help="OUTPUT_DIR of step 2")
-    return cli.name_sources(parser.parse_args(argv))
+    return flags.name_sources(parser.parse_args(argv))
 
 
 def main(argv=None):
@@ -100,4 +101,4 @@ def _scorer(entry):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

@@ -10,15 +10,16 @@ Example python step3_reward_annotation.py --task helpful --gen_pref_model_name g
 import time
 from pathlib import Path
 
-import cli
-from rewardlib import artifacts, language_models, prompts, responses
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.cli import console, flags, kinds
+from rewardlib.errors import InputError
+from rewardlib.llm import encoding, loading, prompts, responses
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
-    cli.add_generated_flags(group)
+    flags.add_generated_flags(group)
     group.add_argument("--data_class", choices=("train", "test"), default="train", help="which prompts")
     group.add_argument("--split", choices=("0", "1", "2", "3", "4", "all"), default="all", help="part of the prompts")
     group = parser.add_argument_group("golden reward model")
@@ -28,15 +29,15 @@ def parse_args(argv=None):
         default="auto",
         help="how the reward model reads a dialogue; auto: by its chat template, where it has one",
     )
-    group.add_argument("--max_length", type=cli.count, default=1024, help="most tokens of prompt and response")
+    group.add_argument("--max_length", type=kinds.count, default=1024, help="most tokens of prompt and response")
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="bfloat16 on a GPU"
     )
-    group.add_argument("--batch_tokens", type=cli.count, default=16384, help="tokens per batch, with padding")
+    group.add_argument("--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, with padding")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
     group.add_argument("--gen_dir", default="gen_data", help="OUTPUT_DIR of step 2")
-    return cli.name_sources(parser.parse_args(argv))
+    return flags.name_sources(parser.parse_args(argv))
 
 
 def main(argv=None):
@@ -48,9 +49,9 @@ def main(argv=None):
     settings = {
         "text_format": args.text_format,
         "max_length": args.max_length,
-        "dtype": str(language_models.torch_dtype(args.dtype)),
+        "dtype": str(loading.torch_dtype(args.dtype)),
     }
-    inputs = {"reward_model": language_models.fingerprint(args.reward_model)}
+    inputs = {"reward_model": loading.fingerprint(args.reward_model)}
     model = tokenizer = None
     for part in responses.parts_named(args.split):
         part_dir = responses.part_folder(folder, args.data_class, part)
@@ -62,9 +63,9 @@ def main(argv=None):
                 continue
             started = time.time()
             if model is None:
-                tokenizer = language_models.load_tokenizer(args.reward_model, args.trust_remote_code)
-                model = language_models.load_model("reward", args.reward_model, args.dtype, args.trust_remote_code)
-            with language_models.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
+                tokenizer = loading.load_tokenizer(args.reward_model, args.trust_remote_code)
+                model = loading.load_model("reward", args.reward_model, args.dtype, args.trust_remote_code)
+            with loading.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
                 rewards = score_rows(args, model, tokenizer, rows, part_dir, f"part {part}")
             made = [
                 {
@@ -85,7 +86,7 @@ def score_rows(args, model, tokenizer, rows, part_dir, desc):
     """Rewards of all responses of all rows, each from its own text, as floats."""
     if not rows:
         return []
-    pad_id = language_models.padding_token(tokenizer, args.reward_model)
+    pad_id = loading.padding_token(tokenizer, args.reward_model)
     if not hasattr(model, "score") and tokenizer.pad_token_id is None:
         raise InputError(f"{args.reward_model}: expected a tokenizer with a pad token, found none; set pad_token")
     chat = bool(tokenizer.chat_template) if args.text_format == "auto" else args.text_format == "chat"
@@ -94,8 +95,8 @@ def score_rows(args, model, tokenizer, rows, part_dir, desc):
     ids = [
         reward_ids(tokenizer, row["query"], text, chat, args.reward_model) for row in rows for text in row["responses"]
     ]
-    language_models.refuse_long(ids, args.max_length, model, part_dir)
-    rewards = language_models.score(model, ids, pad_id, args.batch_tokens, desc=desc).tolist()
+    encoding.refuse_long(ids, args.max_length, model, part_dir)
+    rewards = encoding.score(model, ids, pad_id, args.batch_tokens, desc=desc).tolist()
     bad = sum(reward != reward or abs(reward) == float("inf") for reward in rewards)
     if bad:
         raise InputError(f"{args.reward_model}: expected finite rewards, found {bad} that are not; use --dtype float32")
@@ -106,10 +107,10 @@ def reward_ids(tokenizer, query, response, chat, name):
     """Token ids of the dialogue as the reward model reads it."""
     if not chat:
         return tokenizer(query + response)["input_ids"]
-    with language_models.fetching(name, "a chat template that takes this dialogue (or --text_format plain)"):
+    with loading.fetching(name, "a chat template that takes this dialogue (or --text_format plain)"):
         text = tokenizer.apply_chat_template(prompts.messages(query, response), tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

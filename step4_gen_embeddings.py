@@ -16,35 +16,37 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-from rewardlib import artifacts, embedding_files, embeddings, language_models, responses
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.cli import console, flags, kinds
+from rewardlib.data import embeddings
+from rewardlib.errors import InputError
+from rewardlib.llm import encoding, loading, responses, sampling, staging
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
-    cli.add_generated_flags(group)
+    flags.add_generated_flags(group)
     group.add_argument("--train_test", choices=("train", "test", "both"), default="both", help="which prompts")
-    group.add_argument("--n_samples", type=cli.count, help="first responses of each train prompt; None: all")
-    group.add_argument("--n_test_samples", type=cli.count, help="first responses of each test prompt; None: all")
+    group.add_argument("--n_samples", type=kinds.count, help="first responses of each train prompt; None: all")
+    group.add_argument("--n_test_samples", type=kinds.count, help="first responses of each test prompt; None: all")
     group.add_argument("--split", choices=("0", "1", "2", "3", "4", "all"), default="all", help="k = split mod 5")
     group = parser.add_argument_group("embedding")
     group.add_argument("--embed_model_name", default="gemma2b", help="gemma2b, gemma7b, llama38b, a hub id or a folder")
-    group.add_argument("--max_length", type=cli.count, default=1024, help="most tokens of prompt and response")
+    group.add_argument("--max_length", type=kinds.count, default=1024, help="most tokens of prompt and response")
     group.add_argument("--pooling", choices=("last", "mean"), default="last", help="of the last hidden states")
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="bfloat16 on a GPU"
     )
     group = parser.add_argument_group("runtime")
-    group.add_argument("--batch_tokens", type=cli.count, default=16384, help="tokens per batch, with padding")
+    group.add_argument("--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, with padding")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
     group.add_argument("--gen_dir", default="gen_data", help="OUTPUT_DIR of step 2")
     group = parser.add_argument_group("outputs")
     group.add_argument("--output_dir", default="data", help="DATA_DIR of the other steps")
     group.add_argument("--storage_dtype", choices=("float32", "float16"), default="float32", help="of the files")
     group.add_argument("--published_dir", help="also write (K, N, D) files there; None: no")
-    return cli.name_sources(parser.parse_args(argv))
+    return flags.name_sources(parser.parse_args(argv))
 
 
 def main(argv=None):
@@ -59,22 +61,22 @@ def main(argv=None):
     records = {split: responses.Records(folder, rm, split, wanted[split]) for split in splits}
     report_overlap(records)
     settings = {"pooling": args.pooling, "max_length": args.max_length, "storage_dtype": args.storage_dtype}
-    settings["dtype"] = str(language_models.torch_dtype(args.dtype))
-    embedder = responses.work_of(settings, {"model": language_models.fingerprint(args.embed_model_name)})
-    plan = embedding_files.plan_of(records, embedder)
-    if embedding_files.is_done(output_dir, plan):
+    settings["dtype"] = str(loading.torch_dtype(args.dtype))
+    embedder = responses.work_of(settings, {"model": loading.fingerprint(args.embed_model_name)})
+    plan = staging.plan_of(records, embedder)
+    if staging.is_done(output_dir, plan):
         print(f"step4: already done in {output_dir} (FORCE=1 redoes it)")
     else:
-        embedding_files.check_room(output_dir)
+        staging.check_room(output_dir)
         make_files(args, output_dir, records, plan)
         with artifacts.lock(output_dir):
-            if not embedding_files.is_done(output_dir, plan):
-                missing = embedding_files.missing(output_dir, plan)
+            if not staging.is_done(output_dir, plan):
+                missing = staging.missing(output_dir, plan)
                 if missing:
                     print(f"step4: {len(missing)} files of other --split values are missing: {', '.join(missing[:4])}")
                     return
                 told = {key: value for key, value in vars(args).items() if key != "debug"}
-                embedding_files.publish(output_dir, plan, embedder, told)
+                staging.publish(output_dir, plan, embedder, told)
     for split in splits:
         loaded = embeddings.load(output_dir, split)
         n, k, d = loaded.shape
@@ -100,32 +102,30 @@ def make_files(args, output_dir, records, plan):
     model = tokenizer = None
     for split, part in itertools.product(records, responses.parts_named(args.split)):
         source = records[split]
-        staging = artifacts.writable_dir(embedding_files.part_folder(output_dir, split, part))
-        with artifacts.lock(staging):
+        folder = artifacts.writable_dir(staging.part_folder(output_dir, split, part))
+        with artifacts.lock(folder):
             for k in range(part, source.K, responses.PARTS):
-                if embedding_files.staged(output_dir, plan, split, k) and not embedding_files.is_forced():
+                if staging.staged(output_dir, plan, split, k) and not staging.is_forced():
                     continue
                 if model is None:
-                    tokenizer = language_models.load_tokenizer(args.embed_model_name, args.trust_remote_code)
-                    model = language_models.load_model(
-                        "base", args.embed_model_name, args.dtype, args.trust_remote_code
-                    )
+                    tokenizer = loading.load_tokenizer(args.embed_model_name, args.trust_remote_code)
+                    model = loading.load_model("base", args.embed_model_name, args.dtype, args.trust_remote_code)
                     row_bytes = model.config.get_text_config().hidden_size * np.dtype(args.storage_dtype).itemsize
-                    embedding_files.check_disk(output_dir, plan, row_bytes)
+                    staging.check_disk(output_dir, plan, row_bytes)
                 rows = list(source.of(k))
-                with language_models.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
+                with loading.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
                     array = embed_rows(args, model, tokenizer, rows, f"{split} response {k} of {source.K}")
                 kept = [{key: row[key] for key in ("reward", "id", "query", "response")} for row in rows]
-                embedding_files.stage(staging, plan, split, k, array, kept)
+                staging.stage(folder, plan, split, k, array, kept)
 
 
 def embed_rows(args, model, tokenizer, rows, desc):
     """(N, D) embeddings of the records `rows`, in their order."""
     started = time.time()
-    pad_id = language_models.padding_token(tokenizer, args.embed_model_name)
-    ids = [language_models.encode(tokenizer, row["query"] + row["response"]) for row in rows]
-    language_models.refuse_long(ids, args.max_length, model, desc)
-    array = language_models.embed(model, ids, pad_id, args.batch_tokens, args.pooling, desc=desc)
+    pad_id = loading.padding_token(tokenizer, args.embed_model_name)
+    ids = [sampling.encode(tokenizer, row["query"] + row["response"]) for row in rows]
+    encoding.refuse_long(ids, args.max_length, model, desc)
+    array = encoding.embed(model, ids, pad_id, args.batch_tokens, args.pooling, desc=desc)
     with np.errstate(over="ignore"):
         array = array.astype(args.storage_dtype)
     bad = ~np.isfinite(array).all(axis=1)
@@ -153,4 +153,4 @@ def write_published(folder, embedding_name, reward_name, loaded):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

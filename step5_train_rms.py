@@ -24,29 +24,34 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import cli
-import networks
-from rewardlib import artifacts, embeddings, ensembles, orm, pairs, seeds, splits
+from rewardlib import artifacts, seeds
+from rewardlib.cli import console, flags
+from rewardlib.data import embeddings, pair_files, pairs, splits
+from rewardlib.errors import InputError
+from rewardlib.models import model_files, registry, scoring
+from rewardlib.nets import mlp
+from rewardlib.nets.training import Training, default_batch_size, train_ensemble
+from rewardlib.pipeline import recorded, run_record
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    cli.add_run_flags(parser)
-    cli.add_pairs_flag(parser)
+    parser = console.parser(__doc__)
+    flags.add_run_flags(parser)
+    flags.add_pairs_flag(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    settings = cli.run_settings(args)
-    dtype = networks.TYPES[settings["precision"]]
+    settings = flags.run_settings(args)
+    dtype = mlp.TYPES[settings["precision"]]
     output_dir = artifacts.writable_dir(args.output_dir)
     with artifacts.lock(output_dir):
         if args.pairs:
             return train_on_recorded(args, settings, output_dir)
         train, _ = embeddings.load_pair(args.data_dir, cache_dir=output_dir)
         split = splits.split_prompts(train.groups, args.seed)
-        settings["n_sample"] = orm.resolve_n_sample(args.n_sample, split)
+        settings["n_sample"] = run_record.resolve_n_sample(args.n_sample, split)
         work = artifacts.identity(__file__, settings, train.digests)
         if artifacts.is_finished(output_dir, "step5", work):
             print(f"step5: already done in {output_dir} (FORCE=1 redoes it)")
@@ -55,8 +60,8 @@ def main(argv=None):
             print(f"step5: replacing earlier reward models: {change}")
         started = time.time()
 
-        prompts = orm.choose_prompts(split, settings["n_sample"], seeds.rng(args.seed, "orm prompts"))
-        n_folds = max(2, min(orm.FOLDS, len(prompts) // 4))
+        prompts = run_record.choose_prompts(split, settings["n_sample"], seeds.rng(args.seed, "orm prompts"))
+        n_folds = max(2, min(run_record.FOLDS, len(prompts) // 4))
         folds = splits.assign_folds(train.groups[prompts], n_folds, seeds.rng(args.seed, "folds"))
         fit_prompts = np.concatenate([split["calibration"], split["student_train"]])
         reward_scale = args.reward_scale or train.rewards[fit_prompts].std() or 1.0
@@ -78,14 +83,14 @@ def main(argv=None):
         touched, index = np.unique(flat, return_inverse=True)
         places = touched // train.shape[1], touched % train.shape[1]
         if args.rm_model == "mlp":
-            rows = networks.gather(train.read(*places), len(touched), train.shape[2], dtype)
+            rows = mlp.gather(train.read(*places), len(touched), train.shape[2], dtype)
         else:
             rows = train.take(*places)
         ratings = train.rewards[places] if args.rm_objective == "regression" else None
         records = train_members(args, settings, work, drawn, rows, index.reshape(-1, 2), n_folds, output_dir, ratings)
 
-        stem = orm.stem(settings, settings["n_sample"])
-        centre, spread = ensembles.scale_of([output_dir / r["file"] for r in records], train, fit_prompts, dtype)
+        stem = run_record.stem(settings, settings["n_sample"])
+        centre, spread = scoring.scale_of([output_dir / r["file"] for r in records], train, fit_prompts, dtype)
         sides = np.stack([prompts[drawn.prompts], drawn.responses], -1).reshape(-1, 4)
         arrays = {
             f"pairs_{stem}.npy": np.column_stack([sides, drawn.labels]).astype(np.int32),
@@ -127,14 +132,14 @@ def train_members(args, settings, work, drawn, rows, index, n_folds, output_dir,
     todo, jobs = [], []
     member_settings = {key: value for key, value in settings.items() if key != "ensemble_number"}
     for member in range(args.ensemble_number):
-        name = orm.stem(settings, settings["n_sample"], member)
+        name = run_record.stem(settings, settings["n_sample"], member)
         member_work = artifacts.identity(__file__, {**member_settings, "member": member}, work["inputs"])
         if artifacts.is_finished(output_dir, name, member_work):
             continue
         held = drawn.folds == member % n_folds
         chosen = np.flatnonzero(~held)
         if len(chosen) < 2:
-            raise artifacts.InputError(
+            raise InputError(
                 f"pairs: expected at least 2 of different reward outside every fold, found {len(chosen)}; add prompts"
             )
         if settings["replacement"]:
@@ -142,21 +147,19 @@ def train_members(args, settings, work, drawn, rows, index, n_folds, output_dir,
             chosen = chosen[pairs.bootstrap(drawn.prompts[chosen, 0], rng)]
         todo.append((member, name, member_work))
         jobs.append((chosen, np.flatnonzero(held), seeds.torch_seed(args.seed, "member", member)))
-    batch_size = args.batch_size or networks.default_batch_size(len(drawn.labels) * (n_folds - 1) // n_folds)
-    training = networks.Training(args.training_epochs, args.learning_rate, batch_size)
+    batch_size = args.batch_size or default_batch_size(len(drawn.labels) * (n_folds - 1) // n_folds)
+    training = Training(args.training_epochs, args.learning_rate, batch_size)
     if args.rm_model == "mlp":
-        print(f"step5: computing in {settings['precision']} on {networks.torch.get_num_threads()} threads")
-        trained = networks.train_ensemble(rows, index, drawn.labels, jobs, args.rm_objective, training, args.hidden)
+        print(f"step5: computing in {settings['precision']} on {mlp.torch.get_num_threads()} threads")
+        trained = train_ensemble(rows, index, drawn.labels, jobs, args.rm_objective, training, args.hidden)
     else:
-        from rewardlib import reward_models  # scikit-learn, which MLPs do without
-
-        kind = reward_models.model_class(args.rm_model, args.rm_objective)
-        trained = reward_models.fit_members(kind, rows, index, drawn.labels, drawn.folds, jobs, ratings)
+        kind = registry.model_class(args.rm_model, args.rm_objective)
+        trained = registry.fit_members(kind, rows, index, drawn.labels, drawn.folds, jobs, ratings)
     waiting, started = iter(todo), time.time()
     with tqdm(total=len(todo), desc="members", disable=None) as bar:
         for model, log in trained:  # neither zip nor tqdm: they would hold a model while the next one is trained
             member, name, member_work = next(waiting)
-            path = ensembles.save(output_dir / name, model)
+            path = model_files.save(output_dir / name, model)
             del model
             best = max(entry["epoch"] for entry in log if entry["best"])
             about = {
@@ -170,18 +173,17 @@ def train_members(args, settings, work, drawn, rows, index, n_folds, output_dir,
             artifacts.record(output_dir, name, member_work, [path.name, f"{name}.json"], started)
             bar.update()
             started = time.time()
-    stems = [orm.stem(settings, settings["n_sample"], member) for member in range(args.ensemble_number)]
+    stems = [run_record.stem(settings, settings["n_sample"], member) for member in range(args.ensemble_number)]
     return [artifacts.read_json(output_dir / f"{name}.json", "step 5") for name in stems]
 
 
 def train_on_recorded(args, settings, output_dir):
     """Train members on the train pairs of --pairs."""
-    from rewardlib import human_pairs, pair_files  # what only such runs need
 
     if args.rm_objective == "regression":
-        raise artifacts.InputError("rm_objective regression: expected golden rewards, found --pairs; choose bt or clf")
+        raise InputError("rm_objective regression: expected golden rewards, found --pairs; choose bt or clf")
     data = pair_files.load(args.pairs)
-    settings = human_pairs.run_settings(settings, data)
+    settings = recorded.run_settings(settings, data)
     work = artifacts.identity(__file__, settings, data.responses.digests)
     if artifacts.is_finished(output_dir, "step5", work):
         print(f"step5: already done in {output_dir} (FORCE=1 redoes it)")
@@ -189,14 +191,14 @@ def train_on_recorded(args, settings, output_dir):
     for change in artifacts.describe_change(output_dir, "step5", work):
         print(f"step5: replacing earlier reward models: {change}")
     started = time.time()
-    roles = human_pairs.split(data, args.seed)
-    dtype = networks.TYPES[settings["precision"]] if args.rm_model == "mlp" else None
-    drawn = human_pairs.draw(data, roles["train"], args.seed, dtype)
+    roles = recorded.split(data, args.seed)
+    dtype = mlp.TYPES[settings["precision"]] if args.rm_model == "mlp" else None
+    drawn = recorded.draw(data, roles["train"], args.seed, dtype)
     for line in pair_files.describe(data.about):
         print(f"step5: {line}")
     sizes = ", ".join(f"{len(rows)} {role}" for role, rows in roles.items())
     print(f"step5: {sizes} pairs; training on {len(drawn.labels)}, ties left out")
-    human_pairs.save_split(output_dir, roles, args.seed)
+    recorded.save_split(output_dir, roles, args.seed)
     records = train_members(args, settings, work, drawn, drawn.rows, drawn.index, drawn.n_folds, output_dir)
     log = [{"member": r["member"], **epoch} for r in records for epoch in r["log"]]
     artifacts.write_jsonl(output_dir / "training_log.jsonl", log)
@@ -207,9 +209,9 @@ def train_on_recorded(args, settings, output_dir):
         "members": [{key: value for key, value in r.items() if key != "log"} for r in records],
         "pairs": {**data.about, "n_trained_on": len(drawn.labels)},
     }
-    name = f"orm_{orm.stem(settings, len(data))}.json"
+    name = f"orm_{run_record.stem(settings, len(data))}.json"
     artifacts.write_json(output_dir / name, record)
-    outputs = ["training_log.jsonl", name, human_pairs.SPLIT_FILE, *(r["file"] for r in records)]
+    outputs = ["training_log.jsonl", name, recorded.SPLIT_FILE, *(r["file"] for r in records)]
     artifacts.record(output_dir, "step5", {**work, "record": name}, outputs, started)
     report_members(records, output_dir, name)
 
@@ -234,4 +236,4 @@ def report_members(records, output_dir, record_name):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

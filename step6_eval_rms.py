@@ -20,30 +20,34 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import networks
-from rewardlib import aggregation, artifacts, baselines, embeddings, ensembles, metrics, orm, seeds, splits
+from rewardlib import artifacts, seeds
+from rewardlib.cli import console, flags, tables
+from rewardlib.data import embeddings, pair_files, splits
+from rewardlib.measures import intervals, ranking
+from rewardlib.models import aggregation, scoring
+from rewardlib.nets import mlp
+from rewardlib.pipeline import baselines, recorded, run_record
 
 COLUMNS = ("spearman", "pair_accuracy", "selected_quantile")
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    cli.add_run_flags(parser)
-    cli.add_pairs_flag(parser)
+    parser = console.parser(__doc__)
+    flags.add_run_flags(parser)
+    flags.add_pairs_flag(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    settings = cli.run_settings(args)
+    settings = flags.run_settings(args)
     output_dir = artifacts.writable_dir(args.output_dir)
     with artifacts.lock(output_dir):
         if args.pairs:
             return evaluate_on_recorded(args, settings, output_dir)
         train, test = embeddings.load_pair(args.data_dir, cache_dir=output_dir)
-        split, record = orm.open_run(output_dir, settings, train)
-        stem = orm.stem(settings, settings["n_sample"])
+        split, record = run_record.open_run(output_dir, settings, train)
+        stem = run_record.stem(settings, settings["n_sample"])
         files = [member["file"] for member in record["members"]]
         inputs = {**train.digests, **(test.digests if test else {})}
         inputs |= {name: artifacts.sha256(output_dir / name) for name in (splits.FILE, f"pairs_{stem}.npy", *files)}
@@ -56,7 +60,7 @@ def main(argv=None):
         fit_prompts = np.concatenate([split["calibration"], split["student_train"]])
         pairs = np.load(output_dir / f"pairs_{stem}.npy")
         probe = fit_probe(train, record, pairs)
-        ensemble = ensembles.load_members(output_dir, record, train.shape[2], networks.TYPES[settings["precision"]])
+        ensemble = scoring.load_members(output_dir, record, train.shape[2], mlp.TYPES[settings["precision"]])
         constant = float(train.rewards[fit_prompts].mean())
         results = {"settings": settings, "pairs": record["pairs"], "n_members": len(files)}
         sets = {"held_out": (train, split["held_out"])}
@@ -64,21 +68,21 @@ def main(argv=None):
             sets["test"] = (test, np.arange(test.shape[0]))
         outputs = ["linear_probe.npy"]
         for name, (data, prompts) in sets.items():
-            raw = ensembles.score_raw([*ensemble.models, probe], data, prompts, ensemble.dtype)
-            scores = ensembles.on_scale(ensemble, raw[:-1]).astype(np.float32)
+            raw = scoring.score_raw([*ensemble.models, probe], data, prompts, ensemble.dtype)
+            scores = scoring.on_scale(ensemble, raw[:-1]).astype(np.float32)
             outputs.append(f"scores_{name}.npy")
             artifacts.write_npy(output_dir / outputs[-1], scores)
             scores = scores.astype(float)
-            weights = metrics.resample_weights(len(prompts), seeds.rng(args.seed, "resample", name))
+            weights = intervals.resample_weights(len(prompts), seeds.rng(args.seed, "resample", name))
             golden = data.rewards[prompts]
             results[name] = {
                 "n_prompts": len(prompts),
                 "n_responses": data.shape[1],
                 "aggregations": {
-                    kind: metrics.ranking_metrics(values, golden, weights)
+                    kind: ranking.ranking_metrics(values, golden, weights)
                     for kind, values in aggregation.aggregate(scores).items()
                 },
-                "members": [metrics.ranking_metrics(member, golden, weights) for member in scores],
+                "members": [ranking.ranking_metrics(member, golden, weights) for member in scores],
                 "baselines": baselines.evaluate(data, prompts, raw[-1].astype(float), constant, args.seed, weights),
             }
             report(name, results[name], record["pairs"]["label_error"])
@@ -92,24 +96,23 @@ def main(argv=None):
 
 def evaluate_on_recorded(args, settings, output_dir):
     """Evaluate step 5's members on the held-out pairs of --pairs."""
-    from rewardlib import human_pairs, pair_files  # what only such runs need
 
     data = pair_files.load(args.pairs)
-    settings = human_pairs.run_settings(settings, data)
-    roles, record = human_pairs.open_run(output_dir, settings, data)
+    settings = recorded.run_settings(settings, data)
+    roles, record = recorded.open_run(output_dir, settings, data)
     files = [member["file"] for member in record["members"]]
-    inputs = {name: artifacts.sha256(output_dir / name) for name in (human_pairs.SPLIT_FILE, *files)}
+    inputs = {name: artifacts.sha256(output_dir / name) for name in (recorded.SPLIT_FILE, *files)}
     work = artifacts.identity(__file__, settings, {**data.responses.digests, **inputs})
     if artifacts.is_finished(output_dir, "step6", work):
         print(f"step6: already done in {output_dir} (FORCE=1 redoes it)")
         return
     started = time.time()
-    dtype = networks.TYPES[settings["precision"]]
-    ensemble = ensembles.load([output_dir / file for file in files], data.responses, roles["train"], dtype)
-    pairs = human_pairs.draw(data, roles["train"], args.seed)
-    results = human_pairs.evaluate(ensemble, pairs, data, roles, args.seed)
+    dtype = mlp.TYPES[settings["precision"]]
+    ensemble = scoring.load([output_dir / file for file in files], data.responses, roles["train"], dtype)
+    pairs = recorded.draw(data, roles["train"], args.seed)
+    results = recorded.evaluate(ensemble, pairs, data, roles, args.seed)
     scale = {"files": files, "centre": ensemble.centre, "spread": ensemble.spread}
-    stem = orm.stem(settings, len(data))
+    stem = run_record.stem(settings, len(data))
     contents = {
         f"preference_maps_{stem}.json": {"maps": results.pop("maps"), "members": scale},
         f"eval_results_{stem}.json": {"settings": settings, "pairs": record["pairs"], **results},
@@ -117,7 +120,7 @@ def evaluate_on_recorded(args, settings, output_dir):
     for name, content in contents.items():
         artifacts.write_json(output_dir / name, content)
     artifacts.record(output_dir, "step6", work, list(contents), started)
-    for line in human_pairs.summary(results):
+    for line in recorded.summary(results):
         print(line)
     print(f"step6: wrote {' and '.join(contents)} to {output_dir}")
 
@@ -144,8 +147,8 @@ def report(name, result, label_error):
     print(f"{'':24}{'Spearman':>23}{'pair accuracy':>23}{'selected quantile':>23}")
     members = {f"member {i}": row for i, row in enumerate(result["members"])}
     for label, row in {**members, **result["aggregations"], **result["baselines"]}.items():
-        print(f"  {label:22}" + "".join(f"{cli.with_interval(row, column):>23}" for column in COLUMNS))
+        print(f"  {label:22}" + "".join(f"{tables.with_interval(row, column):>23}" for column in COLUMNS))
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

@@ -21,31 +21,36 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import networks
-from rewardlib import artifacts, calibration, distillation, embeddings, ensembles, orm, seeds, splits
+from rewardlib import artifacts, calibration, seeds
+from rewardlib.cli import console, flags
+from rewardlib.data import embeddings, splits
+from rewardlib.models import model_files, scoring
+from rewardlib.nets import mlp
+from rewardlib.nets.student import train_student
+from rewardlib.nets.training import Training
+from rewardlib.pipeline import distillation, run_record
 
 VALIDATION_SHARE = 0.1
 PARTITIONS = 10
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    cli.add_run_flags(parser)
-    cli.add_distillation_flags(parser)
+    parser = console.parser(__doc__)
+    flags.add_run_flags(parser)
+    flags.add_distillation_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    settings = cli.run_settings(args)
-    chosen = cli.distillation_settings(args)
+    settings = flags.run_settings(args)
+    chosen = flags.distillation_settings(args)
     output_dir = artifacts.writable_dir(args.output_dir)
     with artifacts.lock(output_dir):
         train, _ = embeddings.load_pair(args.data_dir, cache_dir=output_dir)
-        split, record = orm.open_run(output_dir, settings, train)
+        split, record = run_record.open_run(output_dir, settings, train)
         members = {(output_dir / m["file"]).resolve(): i for i, m in enumerate(record["members"])}
-        paths = ensembles.find_checkpoints(args.teacher_ckpt) if args.teacher_ckpt else list(members)
+        paths = model_files.find_checkpoints(args.teacher_ckpt) if args.teacher_ckpt else list(members)
         paths = [path.resolve() for path in paths]
         home = output_dir.resolve()
         digests = {str(p.relative_to(home) if home in p.parents else p): artifacts.sha256(p) for p in paths}
@@ -61,24 +66,24 @@ def main(argv=None):
             fit_prompts, train.shape[1], args.distill_responses, seeds.rng(args.seed, "distilled responses")
         )
         n, n_responses, dim = *numbers.shape, train.shape[2]
-        dtype = networks.TYPES[settings["precision"]]
+        dtype = mlp.TYPES[settings["precision"]]
         if paths == list(members):
-            scale = ensembles.recorded_scale(record)
+            scale = scoring.recorded_scale(record)
         else:
-            scale = ensembles.scale_of(paths, train, fit_prompts, dtype)
-        ensemble = ensembles.Ensemble(ensembles.Stored(paths, dim), *scale, dtype)
+            scale = scoring.scale_of(paths, train, fit_prompts, dtype)
+        ensemble = scoring.Ensemble(model_files.Stored(paths, dim), *scale, dtype)
         index = [members.get(path) for path in paths]
-        seen = orm.seen_by_members(record, prompts)
+        seen = run_record.seen_by_members(record, prompts)
         seen = np.stack([seen[i] if i is not None else np.zeros(len(prompts), bool) for i in index])
         dealt = splits.assign_folds(train.groups[prompts], round(1 / VALIDATION_SHARE), seeds.rng(args.seed, "student"))
         fit, held = np.flatnonzero(dealt != 0), np.flatnonzero(dealt == 0)
         n_mixed = min(len(fit), args.distill_responses // n_responses - n)
 
         places = np.repeat(prompts, n_responses), numbers.ravel()
-        rows = networks.gather(train.read(*places), (n + n_mixed) * n_responses, dim, dtype)
+        rows = mlp.gather(train.read(*places), (n + n_mixed) * n_responses, dim, dtype)
         distillation.interpolate(rows.view(-1, n_responses, dim), fit, n_mixed, seeds.rng(args.seed, "interpolation"))
-        scores, mixed = np.split(ensembles.score_rows(ensemble, rows).reshape(-1, n + n_mixed, n_responses), [n], 1)
-        teacher, unseen = scores.mean(0), ensembles.unseen_mean(scores, seen)
+        scores, mixed = np.split(scoring.score_rows(ensemble, rows).reshape(-1, n + n_mixed, n_responses), [n], 1)
+        teacher, unseen = scores.mean(0), scoring.unseen_mean(scores, seen)
 
         golden, target = distillation.make_target(train.rewards[prompts[:, None], numbers], chosen)
         fit_on, source = distillation.calibration_prompts(prompts, split, seen, unseen)
@@ -91,18 +96,18 @@ def main(argv=None):
 
         batch_size, n_fit = args.distill_batch_size, len(fit) + n_mixed
         epochs = distillation.passes(args.distill_epochs, args.distill_steps, n_fit, batch_size)
-        student, log = networks.train_student(
-            ensembles.student_start(ensemble, scores, args.hidden, seeds.torch_seed(args.seed, "student start")),
+        student, log = train_student(
+            scoring.student_start(ensemble, scores, args.hidden, seeds.torch_seed(args.seed, "student start")),
             rows.view(-1, n_responses, dim),
             np.concatenate([targets, teacher_map.predict(mixed.mean(0).ravel()).reshape(-1, n_responses)]),
             np.concatenate([teacher, mixed.mean(0)]),
             (np.concatenate([fit, n + np.arange(n_mixed)]), held),
             args.student_loss,
             args.ranking_lambda,
-            networks.Training(epochs, args.distill_learning_rate, batch_size),
+            Training(epochs, args.distill_learning_rate, batch_size),
             seeds.torch_seed(args.seed, "student"),
         )
-        student_scores = networks.predict(student, rows[: n * n_responses], dtype).reshape(n, -1).astype(float)
+        student_scores = mlp.predict(student, rows[: n * n_responses], dtype).reshape(n, -1).astype(float)
         # Had the teacher not seen these prompts, its calibrated score would differ by this, the student's with it.
         optimism = calibrated[fit_on] - teacher_map.predict(unseen[fit_on].ravel()).reshape(-1, n_responses)
         clean = student_scores[fit_on] - optimism
@@ -111,7 +116,7 @@ def main(argv=None):
         outputs = calibration.save(output_dir, "isotonic_teacher_map", teacher_map, aliases=["isotonic_map"])
         outputs += calibration.save(output_dir, "isotonic_student_map", student_map)
         outputs += [f"distilled_rm_{args.task}_{args.rm_objective}.ckpt", "student_log.jsonl"]
-        ensembles.save_model(output_dir / outputs[-2], student)
+        model_files.save_mlp(output_dir / outputs[-2], student)
         artifacts.write_jsonl(output_dir / outputs[-1], log)
         arrays = {"predictions_teacher_fit.npy": unseen, "predictions_student_fit.npy": student_scores}
         for name, array in (arrays | {"responses_fit.npy": np.column_stack([prompts, numbers])}).items():
@@ -167,4 +172,4 @@ def report(config, target, output_dir):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

@@ -16,28 +16,33 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import networks
-from rewardlib import artifacts, calibration, embeddings, ensembles, metrics, orm, seeds, splits, validation
+from rewardlib import artifacts, calibration, seeds
+from rewardlib.cli import console, flags, tables
+from rewardlib.data import embeddings, splits
+from rewardlib.errors import InputError
+from rewardlib.measures import intervals, ranking
+from rewardlib.models import model_files, scoring
+from rewardlib.nets import mlp
+from rewardlib.pipeline import leakage, run_record, variants
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    cli.add_run_flags(parser)
-    cli.add_distillation_flags(parser)
+    parser = console.parser(__doc__)
+    flags.add_run_flags(parser)
+    flags.add_distillation_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    settings = cli.run_settings(args)
+    settings = flags.run_settings(args)
     output_dir = artifacts.writable_dir(args.output_dir)
     with artifacts.lock(output_dir):
         train, test = embeddings.load_pair(args.data_dir, cache_dir=output_dir)
-        split, record = orm.open_run(output_dir, settings, train)
+        split, record = run_record.open_run(output_dir, settings, train)
         config = artifacts.read_json(output_dir / "distillation_config.json", "step 7")
-        check_settings(config, settings, cli.distillation_settings(args), output_dir)
-        proof = validation.prove_no_leakage(output_dir, split, record, config)
+        check_settings(config, settings, flags.distillation_settings(args), output_dir)
+        proof = leakage.prove_no_leakage(output_dir, split, record, config)
         evaluated = find_evaluation(output_dir, settings, record, train, test)
         read = ("distillation_config.json", splits.FILE, config["student"]["file"], *evaluated)
         inputs = {**train.digests, **(test.digests if test else {})}
@@ -54,11 +59,11 @@ def main(argv=None):
         paths = [output_dir / member["file"] for member in config["teacher"]["members"]]
         for path, member in zip(paths, config["teacher"]["members"], strict=True):
             if not path.is_file() or artifacts.sha256(path) != member["sha256"]:
-                raise artifacts.InputError(f"{path} is not the teacher that step 7 distilled; run step 7 again")
-        dtype = networks.TYPES[settings["precision"]]
+                raise InputError(f"{path} is not the teacher that step 7 distilled; run step 7 again")
+        dtype = mlp.TYPES[settings["precision"]]
         own_members = [m["file"] for m in config["teacher"]["members"]] == [r["file"] for r in record["members"]]
-        teacher = None if own_members else ensembles.load(paths, train, fit_prompts, dtype)
-        student = ensembles.load_model(output_dir / config["student"]["file"], train.shape[2])
+        teacher = None if own_members else scoring.load(paths, train, fit_prompts, dtype)
+        student = model_files.load_mlp(output_dir / config["student"]["file"], train.shape[2])
         maps = [calibration.load(output_dir, f"isotonic_{name}_map") for name in ("teacher", "student")]
         rankings = artifacts.read_json(output_dir / evaluated[0], "step 6")
 
@@ -70,23 +75,23 @@ def main(argv=None):
             if own_members:  # step 6 has scored them
                 raw = np.load(output_dir / f"scores_{name}.npy").astype(float).mean(0)
             else:
-                raw = ensembles.score(teacher, data, prompts).mean(0)
-            own = ensembles.score_raw([student], data, prompts, dtype)[0].astype(float)
+                raw = scoring.score(teacher, data, prompts).mean(0)
+            own = scoring.score_raw([student], data, prompts, dtype)[0].astype(float)
             values = (raw, maps[0](raw), own, maps[1](own))
-            predictions = dict(zip(validation.VARIANTS, values, strict=True))
+            predictions = dict(zip(variants.VARIANTS, values, strict=True))
             golden = data.rewards[prompts]
-            on_scale = validation.apply_target(golden, config["target"])
-            weights = metrics.resample_weights(len(prompts), seeds.rng(args.seed, "resample", name))
-            blocks[name] = validation.validate(predictions, golden, on_scale, weights) | {
+            on_scale = variants.apply_target(golden, config["target"])
+            weights = intervals.resample_weights(len(prompts), seeds.rng(args.seed, "resample", name))
+            blocks[name] = variants.validate(predictions, golden, on_scale, weights) | {
                 "n_prompts": len(prompts),
                 "n_responses": data.shape[1],
                 "golden_variance": float(on_scale.var()),
-                "golden_best_of_n": metrics.ranking_metrics(golden, golden, weights)["best_of_n"],
+                "golden_best_of_n": ranking.ranking_metrics(golden, golden, weights)["best_of_n"],
                 "baselines": rankings[name]["baselines"],
-                "against_teacher": validation.compare_with_teacher(
+                "against_teacher": variants.compare_with_teacher(
                     predictions, golden, weights, seeds.rng(args.seed, "sign flips", name)
                 ),
-                "scale_check": validation.scale_check(predictions, on_scale),
+                "scale_check": variants.scale_check(predictions, on_scale),
             }
             outputs += [f"predictions_{name}.npy", f"golden_{name}.npy"]
             artifacts.write_npy(output_dir / outputs[-2], np.stack(list(predictions.values())))
@@ -112,7 +117,7 @@ def check_settings(config, settings, distillation, output_dir):
     told = {**config["settings"], **config["distillation"]}
     different = [f"{k} {told.get(k)!r}, not {v!r}" for k, v in {**settings, **distillation}.items() if told.get(k) != v]
     if different:
-        raise artifacts.InputError(
+        raise InputError(
             f"{output_dir}: expected a student of these settings, found {'; '.join(different)}; "
             "run step 7 with the settings you want"
         )
@@ -121,7 +126,7 @@ def check_settings(config, settings, distillation, output_dir):
 def find_evaluation(output_dir, settings, record, train, test):
     """Names of the files of step 6, results first; InputError unless it evaluated these models on these data."""
     entry = artifacts.read_manifest(output_dir).get("step6", {"arguments": {}, "inputs": {}, "outputs": {}})
-    stem = orm.stem(settings, settings["n_sample"])
+    stem = run_record.stem(settings, settings["n_sample"])
     names = [f"eval_results_{stem}.json", "scores_held_out.npy", *(["scores_test.npy"] if test else [])]
     expected = {**train.digests, **(test.digests if test else {})}
     read = (splits.FILE, f"pairs_{stem}.npy", *(member["file"] for member in record["members"]))
@@ -132,7 +137,7 @@ def find_evaluation(output_dir, settings, record, train, test):
         (output_dir / name).is_file() and artifacts.describe_file(output_dir / name) == told.get(name) for name in names
     )
     if not (same and all(kept)):
-        raise artifacts.InputError(f"{output_dir}: no evaluation of these settings and data found; run step 6 first")
+        raise InputError(f"{output_dir}: no evaluation of these settings and data found; run step 6 first")
     return names
 
 
@@ -152,9 +157,9 @@ def report_block(name, block):
             f"  ranking is undefined for {undefined} prompts, whose golden rewards are all equal: left out of its means"
         )
     print(f"{'':20}{'Spearman':>25}{'pair accuracy':>25}{'MSE':>25}{'R2':>25}{'best of ' + top:>12}")
-    rows = {variant: block[variant] for variant in validation.VARIANTS} | block["baselines"]
+    rows = {variant: block[variant] for variant in variants.VARIANTS} | block["baselines"]
     for label, row in rows.items():
-        cells = [cli.with_interval(row, column) for column in ("spearman", "pair_accuracy", "mse", "r2")]
+        cells = [tables.with_interval(row, column) for column in ("spearman", "pair_accuracy", "mse", "r2")]
         print(f"  {label:18}" + "".join(f"{cell:>25}" for cell in cells) + f"{row['best_of_n'][top]:>13.3f}")
     print(f"  {'oracle':18}{'':>100}{block['golden_best_of_n'][top]:>13.3f}")
     print(f"  golden reward variance {block['golden_variance']:.3f}")
@@ -167,4 +172,4 @@ def report_block(name, block):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem.split("_")[0])
+    console.run(main, Path(__file__).stem.split("_")[0])

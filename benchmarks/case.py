@@ -7,7 +7,8 @@ variance is linear) of standard deviation 2, plus noise of standard deviation 0.
 
 import numpy as np
 
-from rewardlib import artifacts, embeddings, seeds
+from rewardlib import artifacts, seeds
+from rewardlib.data import embeddings
 
 LATENT_DIM = 32
 HIDDEN, FREQUENCY = 256, 1.0

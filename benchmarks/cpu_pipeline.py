@@ -27,30 +27,33 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-import run_steps
 from benchmarks import case
-from rewardlib import artifacts, embeddings, metrics
+from rewardlib import artifacts
+from rewardlib.cli import chain, console, kinds
+from rewardlib.data import embeddings
+from rewardlib.measures import ranking
+from rewardlib.models import model_files, scoring
+from rewardlib.nets import mlp
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("step5", "step6", "step7", "step8")
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    parser.add_argument("--repeats", type=cli.count, default=5, help="runs of either side; medians count")
-    parser.add_argument("--n_prompts", type=cli.count, default=5000, help="train prompts, N")
-    parser.add_argument("--dim", type=cli.count, default=2048, help="embedding dimensions, D")
-    parser.add_argument("--n_test_prompts", type=cli.count, default=case.TEST_PROMPTS, help="fresh prompts")
-    parser.add_argument("--n_members", type=cli.count, default=10, help="ensemble members of either side")
-    parser.add_argument("--n_pairs", type=cli.count, default=5000, help="preference pairs of either side")
-    parser.add_argument("--reference_epochs", type=cli.count, default=30, help="most epochs of the reference")
+    parser = console.parser(__doc__)
+    parser.add_argument("--repeats", type=kinds.count, default=5, help="runs of either side; medians count")
+    parser.add_argument("--n_prompts", type=kinds.count, default=5000, help="train prompts, N")
+    parser.add_argument("--dim", type=kinds.count, default=2048, help="embedding dimensions, D")
+    parser.add_argument("--n_test_prompts", type=kinds.count, default=case.TEST_PROMPTS, help="fresh prompts")
+    parser.add_argument("--n_members", type=kinds.count, default=10, help="ensemble members of either side")
+    parser.add_argument("--n_pairs", type=kinds.count, default=5000, help="preference pairs of either side")
+    parser.add_argument("--reference_epochs", type=kinds.count, default=30, help="most epochs of the reference")
     parser.add_argument(
         "--variant",
         action="append",
         help='ours, as "NAME=flags of the steps"; may be given several times; None: published size, fp32, a small one',
     )
-    parser.add_argument("--seed", type=cli.seed, default=6, help="of either side; another one draws other pairs")
+    parser.add_argument("--seed", type=kinds.seed, default=6, help="of either side; another one draws other pairs")
     parser.add_argument("--with_test", action="store_true", help="our steps evaluate the fresh prompts as well")
     parser.add_argument("--case_dir", help="None: a temporary folder")
     parser.add_argument("--output", help="JSON file; None: print only")
@@ -92,7 +95,7 @@ def run_ours(args, case_dir, output_dir, flags, alone):
     found = run_alone(common, output_dir) if alone else {}
     shutil.rmtree(output_dir)
     Path(output_dir).mkdir()
-    command = [sys.executable, "run_steps.py", "5", "8", "--report", "0"]
+    command = [sys.executable, "-m", "rewardlib.cli.chain", "5", "8", "--report", "0"]
     return {"all": measure([*command, *common], output_dir)} | found
 
 
@@ -105,16 +108,14 @@ def our_flags(args, case_dir, output_dir):
 def draw_pairs(args, case_dir, output_dir):
     """The file of labelled pairs that our step 5 draws, whatever its other flags."""
     quick = ["--ensemble_number", "1", "--training_epochs", "1", "--hidden", "8", "4"]
-    measure([sys.executable, f"{run_steps.STEPS[5]}.py", *our_flags(args, case_dir, output_dir), *quick], output_dir)
+    measure([sys.executable, f"{chain.STEPS[5]}.py", *our_flags(args, case_dir, output_dir), *quick], output_dir)
     [path] = Path(output_dir).glob("pairs_*.npy")
     return path
 
 
 def run_alone(flags, output_dir):
     """{step: measures} of our steps, each in a process of its own."""
-    return {
-        step: measure([sys.executable, f"{run_steps.STEPS[int(step[-1])]}.py", *flags], output_dir) for step in STEPS
-    }
+    return {step: measure([sys.executable, f"{chain.STEPS[int(step[-1])]}.py", *flags], output_dir) for step in STEPS}
 
 
 def elsewhere(function, *args):
@@ -146,26 +147,24 @@ def rank_reference(fresh_dir, output_dir):
 
 def rank_ours(fresh_dir, output_dir):
     """The same of ours."""
-    import networks
-    from rewardlib import ensembles
 
     fresh, output_dir = embeddings.load(fresh_dir, "test"), Path(output_dir)
     [path] = output_dir.glob("orm_*.json")
     record = artifacts.read_json(path, "step 5")
-    dtype = networks.TYPES[record["settings"]["precision"]]
-    ensemble = ensembles.load_members(output_dir, record, fresh.shape[2], dtype)
+    dtype = mlp.TYPES[record["settings"]["precision"]]
+    ensemble = scoring.load_members(output_dir, record, fresh.shape[2], dtype)
     [student] = output_dir.glob("distilled_rm_*.ckpt")
-    others = [ensembles.load_model(student, fresh.shape[2]), np.load(output_dir / "linear_probe.npy")]
-    raw = ensembles.score_raw([*ensemble.models, *others], fresh, np.arange(fresh.shape[0]), dtype)
-    members = ensembles.on_scale(ensemble, raw[:-2])
+    others = [model_files.load_mlp(student, fresh.shape[2]), np.load(output_dir / "linear_probe.npy")]
+    raw = scoring.score_raw([*ensemble.models, *others], fresh, np.arange(fresh.shape[0]), dtype)
+    members = scoring.on_scale(ensemble, raw[:-2])
     table = {"members": members, "ensemble": [members.mean(0)], "student": raw[-2:-1], "linear probe": raw[-1:]}
     return {name: _ranking(values, fresh.rewards) for name, values in table.items()}
 
 
 def _ranking(scores, golden):
     return {
-        "spearman": float(np.mean([np.nanmean(metrics.spearman(s, golden)) for s in scores])),
-        "pair_accuracy": float(np.mean([np.nanmean(metrics.pair_accuracy(s, golden)) for s in scores])),
+        "spearman": float(np.mean([np.nanmean(ranking.spearman(s, golden)) for s in scores])),
+        "pair_accuracy": float(np.mean([np.nanmean(ranking.pair_accuracy(s, golden)) for s in scores])),
     }
 
 
@@ -255,4 +254,4 @@ def summary(args, variants, plain, ours, ranking):
 
 
 if __name__ == "__main__":
-    cli.run(main, "cpu_pipeline")
+    console.run(main, "cpu_pipeline")

@@ -13,8 +13,9 @@ import time
 
 import numpy as np
 
-import cli
-from rewardlib import artifacts, language_models
+from rewardlib import artifacts
+from rewardlib.cli import console, kinds
+from rewardlib.llm import encoding, loading
 
 SHAPES = {
     "gemma2b": {
@@ -39,16 +40,16 @@ SHAPES = {
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="None: gemma2b on a GPU, tiny on a CPU")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model"
     )
-    parser.add_argument("--length", type=cli.count, default=512, help="tokens of a text")
-    parser.add_argument("--texts", type=cli.count, help="texts; None: 2048 on a GPU, 64 on a CPU")
-    parser.add_argument("--batch_tokens", type=cli.count, default=16384, help="tokens per batch, as in step 4")
-    parser.add_argument("--repeats", type=cli.count, default=3, help="runs; the median counts")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of weights and texts")
+    parser.add_argument("--length", type=kinds.count, default=512, help="tokens of a text")
+    parser.add_argument("--texts", type=kinds.count, help="texts; None: 2048 on a GPU, 64 on a CPU")
+    parser.add_argument("--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, as in step 4")
+    parser.add_argument("--repeats", type=kinds.count, default=3, help="runs; the median counts")
+    parser.add_argument("--seed", type=kinds.seed, default=0, help="of weights and texts")
     parser.add_argument("--output", help="JSON file; None: print only")
     return parser.parse_args(argv)
 
@@ -60,7 +61,7 @@ def make_model(shape, dtype, seed):
 
     torch.manual_seed(seed)
     config = GemmaConfig(**SHAPES[shape], max_position_embeddings=8192)
-    with torch.device(language_models.device()):
+    with torch.device(loading.device()):
         model = AutoModel.from_config(config, dtype=dtype)
     return model.eval()
 
@@ -85,7 +86,7 @@ def matrix_rate(dtype, repeats):
 
     rates = []
     for size in (4096, 8192, 16384) if torch.cuda.is_available() else (1024, 2048):
-        a, b = (torch.randn(size, size, device=language_models.device(), dtype=dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=loading.device(), dtype=dtype) for _ in range(2))
         rates.append(2 * size**3 / min(seconds(lambda a=a, b=b: a @ b, repeats * 5)))
     return max(rates)
 
@@ -106,17 +107,17 @@ def measure(args):
     on_gpu = torch.cuda.is_available()
     shape = args.shape or ("gemma2b" if on_gpu else "tiny")
     n = args.texts or (2048 if on_gpu else 64)
-    dtype = language_models.torch_dtype(args.dtype)
+    dtype = loading.torch_dtype(args.dtype)
     model = make_model(shape, dtype, args.seed)
     rng = np.random.default_rng(args.seed)
     rows = rng.integers(10, SHAPES[shape]["vocab_size"], (n, args.length)).tolist()
     mixed = [row[: rng.integers(args.length // 8 + 1, args.length + 1)] for row in rows]
 
     def rate_of(texts, batch_tokens, repeats):
-        took = np.median(seconds(lambda: language_models.embed(model, texts, 0, batch_tokens), repeats))
+        took = np.median(seconds(lambda: encoding.embed(model, texts, 0, batch_tokens), repeats))
         return sum(map(len, texts)) / took
 
-    with language_models.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
+    with loading.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
         full = rate_of(rows, args.batch_tokens, args.repeats)
         mixed_rate = rate_of(mixed, args.batch_tokens, args.repeats)
     peak = matrix_rate(dtype, args.repeats)
@@ -146,4 +147,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, "embedding_speed")
+    console.run(main, "embedding_speed")

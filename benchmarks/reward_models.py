@@ -17,19 +17,15 @@ import numpy as np
 from sklearn.ensemble import RandomForestClassifier
 from tqdm import tqdm
 
-import cli
-from networks import BT_MLP, CLF_MLP
-from rewardlib import artifacts, load_embd_data, metrics, pairs, seeds, splits
-from rewardlib.artifacts import InputError
-from rewardlib.reward_models import (
-    CLF_LGBM,
-    BT_Laplace,
-    BT_Linear,
-    CLF_Any,
-    CLF_Linear,
-    Ensemble,
-    Regression_Ridge,
-)
+from rewardlib import artifacts, load_embd_data, seeds
+from rewardlib.cli import console, kinds, tables
+from rewardlib.data import pairs, splits
+from rewardlib.errors import InputError
+from rewardlib.measures import intervals, ranking
+from rewardlib.models.classifiers import CLF_LGBM, CLF_Any
+from rewardlib.models.ensemble import Ensemble
+from rewardlib.models.linear import BT_Laplace, BT_Linear, CLF_Linear, Regression_Ridge
+from rewardlib.models.mlp import BT_MLP, CLF_MLP
 
 FOLDS = 10
 BEST_OF = 10
@@ -58,19 +54,19 @@ def make_models(seed):
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, help="folder of published files")
-    data.add_argument("--task", type=cli.word, required=True, help="what the reward rates, or the data set's name")
-    data.add_argument("--gen_model", type=cli.word, required=True, help="model that wrote the responses")
-    data.add_argument("--embed_model", type=cli.word, default="gemma2b", help="model that embedded them")
+    data.add_argument("--task", type=kinds.word, required=True, help="what the reward rates, or the data set's name")
+    data.add_argument("--gen_model", type=kinds.word, required=True, help="model that wrote the responses")
+    data.add_argument("--embed_model", type=kinds.word, default="gemma2b", help="model that embedded them")
     data.add_argument("--lengths", help="(K, N) .npy of the test responses' lengths, a baseline; None: left out")
     labels = parser.add_argument_group("preference labels")
     labels.add_argument("--pairings", nargs="+", choices=["xprompt", "sameprompt"], default=["xprompt", "sameprompt"])
-    labels.add_argument("--qualities", nargs="+", type=cli.finite, default=[10.0, 1.0, 0.5], help="below 0: no noise")
-    labels.add_argument("--n_pairs", type=cli.count, default=5, help="pairs per prompt")
+    labels.add_argument("--qualities", nargs="+", type=kinds.finite, default=[10.0, 1.0, 0.5], help="below 0: no noise")
+    labels.add_argument("--n_pairs", type=kinds.count, default=5, help="pairs per prompt")
     parser.add_argument("--models", nargs="+", choices=list(make_models(0)), metavar="MODEL", help="None: all of them")
-    parser.add_argument("--seeds", type=cli.count, default=1, help="how many; 0, 1, ...")
+    parser.add_argument("--seeds", type=kinds.count, default=1, help="how many; 0, 1, ...")
     parser.add_argument("--output", help="JSON file; None: print only")
     return parser.parse_args(argv)
 
@@ -78,9 +74,9 @@ def parse_args(argv=None):
 def measure(predicted, golden):
     """{metric: (N,)} of predictions (N, K) for every prompt."""
     return {
-        "spearman": metrics.spearman(predicted, golden),
-        "pair_accuracy": metrics.pair_accuracy(predicted, golden),
-        "best_of_n": metrics.best_of_n(predicted, golden, [min(BEST_OF, golden.shape[1])])[:, 0],
+        "spearman": ranking.spearman(predicted, golden),
+        "pair_accuracy": ranking.pair_accuracy(predicted, golden),
+        "best_of_n": ranking.best_of_n(predicted, golden, [min(BEST_OF, golden.shape[1])])[:, 0],
     }
 
 
@@ -128,7 +124,7 @@ def summarise(entries, weights):
     """Means over seeds, then prompts, with intervals, of what `run` found for one model."""
     result = {}
     for name in METRICS:
-        value, interval = metrics.mean_with_ci(np.mean([entry[name] for entry in entries], axis=0), weights)
+        value, interval = intervals.mean_with_ci(np.mean([entry[name] for entry in entries], axis=0), weights)
         result |= {name: value, f"{name}_ci95": interval}
     by_seed = [np.nanmean(entry["spearman"]) for entry in entries]
     result["sd_over_seeds"] = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
@@ -142,8 +138,8 @@ def report(rows, n):
     print(f"  {'':20}{'Spearman':>23}{'sd':>7}{'pair accuracy':>23}{f'best of {n}':>26}{'fit s':>9}{'score s':>9}")
     for name, row in rows.items():
         spread = "-" if row["sd_over_seeds"] is None else f"{row['sd_over_seeds']:.3f}"
-        cells = f"{cli.with_interval(row, 'spearman'):>23}{spread:>7}"
-        cells += f"{cli.with_interval(row, 'pair_accuracy'):>23}{cli.with_interval(row, 'best_of_n'):>26}"
+        cells = f"{tables.with_interval(row, 'spearman'):>23}{spread:>7}"
+        cells += f"{tables.with_interval(row, 'pair_accuracy'):>23}{tables.with_interval(row, 'best_of_n'):>26}"
         seconds = "".join(f"{row[part]:9.2f}" if part in row else " " * 9 for part in ("fit_seconds", "score_seconds"))
         print(f"  {name:20}{cells}{seconds}")
 
@@ -168,7 +164,7 @@ def main(argv=None):
         for split in ("train", "test")
     )
     golden = np.asarray(test[1][..., 0], float)
-    weights = metrics.resample_weights(len(golden), seeds.rng(0, "resample"))
+    weights = intervals.resample_weights(len(golden), seeds.rng(0, "resample"))
     base = {name: summarise(entries, weights) for name, entries in baselines(args, golden).items()}
     found, errors = run(args, train, test)
     results = {"baselines": base, "seeds": args.seeds, "n_pairs": args.n_pairs, "settings": []}
@@ -183,4 +179,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, "reward_models")
+    console.run(main, "reward_models")

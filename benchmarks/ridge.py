@@ -16,25 +16,26 @@ import numpy as np
 from sklearn.linear_model import Ridge
 from threadpoolctl import threadpool_info
 
-import cli
-from rewardlib import artifacts, attribute_data, multi_objective
+from rewardlib import artifacts
+from rewardlib.cli import console, kinds
+from studies.interpretable import attribute_data, multi_objective
 
 STRENGTHS = multi_objective.STRENGTHS
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    parser.add_argument("--n", type=cli.count, default=8000, help="rows, a fifth of them for validation")
-    parser.add_argument("--dimensions", type=cli.count, default=1024, help="of the embeddings")
-    parser.add_argument("--attributes", type=cli.count, default=19, help="columns of labels")
+    parser = console.parser(__doc__)
+    parser.add_argument("--n", type=kinds.count, default=8000, help="rows, a fifth of them for validation")
+    parser.add_argument("--dimensions", type=kinds.count, default=1024, help="of the embeddings")
+    parser.add_argument("--attributes", type=kinds.count, default=19, help="columns of labels")
     parser.add_argument(
-        "--sources", type=cli.count, default=4, help="patterns of missing labels, 1: only the full case"
+        "--sources", type=kinds.count, default=4, help="patterns of missing labels, 1: only the full case"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "float64"), default="float64", help="of the loop's rows; ours sums in float64"
     )
-    parser.add_argument("--repeats", type=cli.count, default=3, help="runs of each, in turn; medians count")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of rows and labels")
+    parser.add_argument("--repeats", type=kinds.count, default=3, help="runs of each, in turn; medians count")
+    parser.add_argument("--seed", type=kinds.seed, default=0, help="of rows and labels")
     parser.add_argument("--output", help="JSON file; None: print only")
     return parser.parse_args(argv)
 
@@ -123,4 +124,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, "ridge")
+    console.run(main, "ridge")

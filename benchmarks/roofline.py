@@ -15,23 +15,24 @@ import time
 
 import torch
 
-import cli
-import networks
 from benchmarks.cpu_pipeline import describe_machine
 from rewardlib import artifacts
+from rewardlib.cli import console, kinds
+from rewardlib.nets import mlp
+from rewardlib.nets.training import Training, train_ensemble
 
 RATE_ROWS = (1000, 2000, 4000, 8192)
 SCORED_ROWS = 16_384
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    parser.add_argument("--dim", type=cli.count, default=2048, help="embedding dimensions, D")
-    parser.add_argument("--hidden", type=cli.count, nargs=2, default=list(networks.HIDDEN), help="hidden units")
-    parser.add_argument("--batch_size", type=cli.count, default=1000, help="pairs per training step")
-    parser.add_argument("--seconds", type=cli.positive, default=2.0, help="length of one measurement")
-    parser.add_argument("--repeats", type=cli.count, default=5, help="measurements; the median counts")
-    parser.add_argument("--num_threads", type=cli.count, help="None: as torch chooses")
+    parser = console.parser(__doc__)
+    parser.add_argument("--dim", type=kinds.count, default=2048, help="embedding dimensions, D")
+    parser.add_argument("--hidden", type=kinds.count, nargs=2, default=list(mlp.HIDDEN), help="hidden units")
+    parser.add_argument("--batch_size", type=kinds.count, default=1000, help="pairs per training step")
+    parser.add_argument("--seconds", type=kinds.positive, default=2.0, help="length of one measurement")
+    parser.add_argument("--repeats", type=kinds.count, default=5, help="measurements; the median counts")
+    parser.add_argument("--num_threads", type=kinds.count, help="None: as torch chooses")
     parser.add_argument("--output", help="JSON file; None: print only")
     return parser.parse_args(argv)
 
@@ -62,11 +63,11 @@ def training(args, dtype, generator):
     rows = torch.randn(2 * n, args.dim, generator=generator).to(dtype)
     pairs = torch.randperm(2 * n, generator=generator).reshape(n, 2).numpy()
     labels = torch.randint(2, (n,), generator=generator).numpy()
-    settings = networks.Training(1, 1e-3, args.batch_size)
+    settings = Training(1, 1e-3, args.batch_size)
     member = [(range(n), [], 0)]
 
     def work():
-        list(networks.train_ensemble(rows, pairs, labels, member, "bt", settings, tuple(args.hidden)))
+        list(train_ensemble(rows, pairs, labels, member, "bt", settings, tuple(args.hidden)))
 
     first, rest = args.dim * args.hidden[0], args.hidden[0] * args.hidden[1] + args.hidden[1]
     return work, 2 * n * (4 * first + 6 * rest)
@@ -74,9 +75,9 @@ def training(args, dtype, generator):
 
 def scoring(args, dtype, generator):
     rows = torch.randn(SCORED_ROWS, args.dim, generator=generator).to(dtype)
-    model = networks.MLP(args.dim, tuple(args.hidden), generator)
+    model = mlp.MLP(args.dim, tuple(args.hidden), generator)
     weights = sum(layer.weight.numel() for layer in (model.fc1, model.fc2, model.fc3))
-    return lambda: networks.predict(model, rows, dtype), 2 * SCORED_ROWS * weights
+    return lambda: mlp.predict(model, rows, dtype), 2 * SCORED_ROWS * weights
 
 
 def main(argv=None):
@@ -85,9 +86,9 @@ def main(argv=None):
         torch.set_num_threads(args.num_threads)
     generator = torch.Generator().manual_seed(0)
     results = {"machine": describe_machine(), "arguments": vars(args), "threads": torch.get_num_threads()}
-    print(f"{results['machine']}; {results['threads']} threads; auto: {networks.choose_precision('auto')}")
+    print(f"{results['machine']}; {results['threads']} threads; auto: {mlp.choose_precision('auto')}")
     print(f"{'':6}{'matrix rate':>14}{'training':>12}{'share':>8}{'scoring':>12}{'share':>8}  GFLOP/s (per CPU second)")
-    for name, dtype in networks.TYPES.items():
+    for name, dtype in mlp.TYPES.items():
         jobs = {f"matrix {n}": matrix(n, args.dim, args.hidden[0], dtype, generator) for n in RATE_ROWS}
         jobs |= {"training": training(args, dtype, generator), "scoring": scoring(args, dtype, generator)}
         runs = [{job: rate(*work, args.seconds) for job, work in jobs.items()} for _ in range(args.repeats)]
@@ -103,4 +104,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    cli.run(main, "roofline")
+    console.run(main, "roofline")

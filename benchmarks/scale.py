@@ -13,18 +13,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import cli
 from benchmarks import case, cpu_pipeline
 from rewardlib import artifacts
+from rewardlib.cli import console, kinds
 
 BASE = {"n": 4000, "d": 512, "k": 10, "members": 5}
 SIZES = {"n": (1000, 4000, 16000), "d": (128, 512, 2048), "k": (3, 10, 30), "members": (1, 5, 20)}
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
-    parser.add_argument("--n_pairs", type=cli.count, default=1000, help="preference pairs")
-    parser.add_argument("--shrink", type=cli.count, default=1, help="divide prompts and dimensions by this")
+    parser = console.parser(__doc__)
+    parser.add_argument("--n_pairs", type=kinds.count, default=1000, help="preference pairs")
+    parser.add_argument("--shrink", type=kinds.count, default=1, help="divide prompts and dimensions by this")
     parser.add_argument("--output", help="JSON file; None: print only")
     return parser.parse_args(argv)
 
@@ -60,4 +60,4 @@ def run(size, args):
 
 
 if __name__ == "__main__":
-    cli.run(main, "scale")
+    console.run(main, "scale")

@@ -17,8 +17,8 @@ import numpy as np
 # a script finds the library beside its folder; a notebook is run from the repository, or finds it installed
 sys.path.insert(0, str(Path(globals().get("__file__", "examples/five_calls.py")).resolve().parents[1]))
 
-from networks import BT_MLP, CLF_MLP
-from rewardlib import calc_bon, calc_spearmanr, load_embd_data, metrics, pair_annotate
+from rewardlib import BT_MLP, CLF_MLP, calc_bon, calc_spearmanr, load_embd_data, pair_annotate
+from rewardlib.measures import ranking
 
 # %% [markdown]
 # ## Data whose reward is known, as published files
@@ -85,6 +85,6 @@ for strategy, name, error, rho, bon in results:
 
 # %%
 index, better = pair_annotate(test_embeddings, test_rewards, -1, pair_strategy="diverse", return_index=True)
-found = metrics.order_consistency(predictions.reshape(-1)[index], better)
+found = ranking.order_consistency(predictions.reshape(-1)[index], better)
 print(f"order error {found['order_error']:.3f} <= bound {found['bound']:.3f} on diverse pairs of the test prompts")
 temporary.cleanup()

@@ -1,17 +1,34 @@
 """Reward-model research on LLM embeddings: the arrays, files and measures that the step scripts share."""
 
+import importlib
+
 __version__ = "0.1.0"
-CALLS = ("load_embd_data", "pair_annotate", "calc_bon", "calc_spearmanr")
+
+# Public names and their modules, imported when first asked for: `import rewardlib` alone loads neither torch nor
+# scikit-learn.
+PUBLIC = {
+    "load_embd_data": "api",
+    "pair_annotate": "api",
+    "calc_bon": "api",
+    "calc_spearmanr": "api",
+    "BT_MLP": "models.mlp",
+    "CLF_MLP": "models.mlp",
+    "BT_Linear": "models.linear",
+    "CLF_Linear": "models.linear",
+    "BT_Laplace": "models.linear",
+    "Regression_Ridge": "models.linear",
+    "CLF_LGBM": "models.classifiers",
+    "CLF_Any": "models.classifiers",
+    "Ensemble": "models.ensemble",
+    "InputError": "errors",
+}
 
 
 def __getattr__(name):
-    # imported when first used, so that `import rewardlib` stays free of scipy, scikit-learn and torch
-    if name not in CALLS:
+    if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rewardlib import notebook
-
-    return getattr(notebook, name)
+    return getattr(importlib.import_module(f"{__name__}.{PUBLIC[name]}"), name)
 
 
 def __dir__():
-    return sorted([*globals(), *CALLS])
+    return sorted([*globals(), *PUBLIC])

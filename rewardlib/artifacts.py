@@ -5,6 +5,7 @@ A step computes its *identity* (a hash of its arguments, the digests of its inpu
 the earlier entry or none, and the same command does the work again.
 """
 
+import ast
 import fcntl
 import functools
 import hashlib
@@ -20,14 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+from rewardlib.errors import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "joblib", "transformers", "peft", "trl", "datasets", "vllm")
 LOCK_ENV = "REWARDLIB_LOCKED_DIR"
-
-
-class InputError(Exception):
-    """Input that a user can mend. The message names what, where, expected, found and the fix, in one line."""
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -129,18 +128,44 @@ def hash_of(content):
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-def code_digest(script):
-    """Digest of the code that a step's result depends on: the script, networks.py and rewardlib without its report."""
-    files = [Path(script), ROOT / "networks.py", *sorted((ROOT / "rewardlib").glob("*.py"))]
-    return hash_of([sha256(file) for file in files if not file.name.endswith("report.py")])
+def source_digests(script):
+    """{file: sha256} of the script and of every file of this project that it imports, directly or through others.
+
+    Imports are read from the syntax trees, those inside functions included. The command line (rewardlib/cli) is left
+    out: what it does to a result stands in the arguments.
+    """
+    digests, pending = {}, [Path(script).resolve()]
+    while pending:
+        path = pending.pop()
+        name = path.relative_to(ROOT).as_posix() if ROOT in path.parents else path.name
+        if name not in digests and not name.startswith("rewardlib/cli/"):
+            digests[name] = sha256(path)
+            pending += _imported_files(path, digests[name], ROOT)
+    return dict(sorted(digests.items()))
+
+
+@functools.cache
+def _imported_files(path, digest, root):
+    """Files below `root` that the Python file `path`, whose content has this digest, imports by absolute names."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    # importing a.b.c runs a/__init__.py and a/b/__init__.py as well
+    modules |= {module.rsplit(".", n)[0] for module in modules for n in range(1, module.count(".") + 1)}
+    places = [root.joinpath(*module.split(".")) for module in modules]
+    files = [file for place in places for file in (place.with_name(f"{place.name}.py"), place / "__init__.py")]
+    return tuple(file for file in files if file.is_file())
 
 
 # --------------------------------------------------------------------------------------------------------- manifest
 
 
 def identity(script, arguments, inputs):
-    """Identity of one piece of work: {"arguments", "inputs" {name: digest}, "code", "hash" of the three}."""
-    content = {"arguments": arguments, "inputs": inputs, "code": code_digest(script)}
+    """Identity of one piece of work: {"arguments", "inputs" {name: digest}, "code" {file: digest}, "hash" of them}."""
+    content = {"arguments": arguments, "inputs": inputs, "code": source_digests(script)}
     return {**json.loads(json.dumps(content, default=_plain)), "hash": hash_of(content)}
 
 
@@ -159,10 +184,22 @@ def is_finished(folder, name, work):
 
 
 def describe_change(folder, name, work):
-    """What differs between the recorded arguments of `name` and those of `work`, as "key: old -> new" strings."""
-    old = read_manifest(folder).get(name, {}).get("arguments", {})
-    new = work["arguments"]
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old and old.get(key) != new.get(key)]
+    """What differs between `work` and the recorded work `name`: arguments, input files, source files; one line each."""
+    entry = read_manifest(folder).get(name)
+    if not entry:
+        return []
+    old, new = entry["arguments"], work["arguments"]
+    changes = [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    for kind in ("inputs", "code"):
+        changes += [f"{file} changed" for file in _differing(entry[kind], work[kind])]
+    return changes
+
+
+def _differing(old, new):
+    """Names whose digests differ between two {name: digest}, or that one of them lacks."""
+    if not isinstance(old, dict):  # manifests of version 0.1 hold one digest of all source files
+        return ["the source code"] if old != new else []
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
 def record(folder, name, work, outputs, started):

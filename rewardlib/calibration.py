@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import joblib
 import numpy as np
+from scipy.optimize import isotonic_regression
+from sklearn.isotonic import IsotonicRegression
 
 from rewardlib import artifacts
 
@@ -19,7 +22,6 @@ class CenteredIsotonicMap:
 
     Learned: x_points_, y_points_ (strictly increasing), slope_below_, slope_above_; increasing_ is False when the data
     show no increase at all (one block): the map then is the mean with a negligible positive slope.
-    CenteredIsotonicRegression (isotonic.py) is the same as a scikit-learn estimator, which takes a second to load.
     """
 
     def fit(self, X, y, sample_weight=None):
@@ -30,8 +32,6 @@ class CenteredIsotonicMap:
             raise ValueError(f"X, y and sample_weight should have one length; got {len(x)}, {len(y)} and {len(weight)}")
         if not (np.isfinite(x).all() and np.isfinite(y).all() and (weight > 0).all()):
             raise ValueError("X and y must be finite and weights positive")
-        from scipy.optimize import isotonic_regression  # slow to load, and maps are read without it
-
         x, inverse = np.unique(x, return_inverse=True)
         y, weight = np.bincount(inverse, weight * y), np.bincount(inverse, weight)
         fit = isotonic_regression(y / weight, weights=weight)
@@ -87,8 +87,6 @@ def make(kind):
     """An unfitted map: kind "centred" (strictly increasing) or "plain" (scikit-learn's, flat where the fit is)."""
     if kind == "centred":
         return CenteredIsotonicMap()
-    from sklearn.isotonic import IsotonicRegression
-
     return IsotonicRegression(out_of_bounds="clip")
 
 
@@ -131,8 +129,6 @@ def save(folder, name, fitted, aliases=()):
 
     Returns the file names written, aliases included.
     """
-    import joblib
-
     names = []
     for stem in (name, *aliases):
         with artifacts.atomic(Path(folder) / f"{stem}.joblib") as file:
@@ -145,12 +141,3 @@ def save(folder, name, fitted, aliases=()):
 def load(folder, name):
     """The map `name` as a function of scores, read from its .json."""
     return from_numbers(artifacts.read_json(Path(folder) / f"{name}.json", "step 7"))
-
-
-def __getattr__(name):
-    """CenteredIsotonicRegression: scikit-learn is loaded by those who ask for it."""
-    if name == "CenteredIsotonicRegression":
-        from rewardlib.isotonic import CenteredIsotonicRegression
-
-        return CenteredIsotonicRegression
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,8 +65,8 @@ LEARNING_RATE=${LEARNING_RATE:-0.001}
 EXPLAIN=${EXPLAIN-pairs=0}
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=environment.sh
-source "$here/environment.sh"
+# shellcheck source=driver.sh
+source "$here/driver.sh"
 
 for name in PREPARE FORCE INTERCEPT ALLOW_UNREACHED; do one_of "$name" 0 1; done
 [ -n "$RATED" ] || refuse "RATED: expected a prepared file of ratings (or, with PREPARE=1, what to make it of), found none"
@@ -222,8 +222,10 @@ export PYTHONUNBUFFERED=1 FORCE PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 # Preflight: the arguments of every stage are parsed, and models looked up, before the first stage starts.
 "$PY" -c '
-import importlib, sys, cli
-from rewardlib import artifacts, language_models
+import importlib, sys
+from rewardlib import artifacts
+from rewardlib.cli import console
+from rewardlib.llm import loading
 def check():
     rest, models = sys.argv[2:], set()
     while rest:
@@ -232,9 +234,9 @@ def check():
         models |= {args.model} if getattr(args, "source", None) == "chat" else set()
         rest = rest[3 + int(n) :]
     for model in models:
-        language_models.fingerprint(model)
+        loading.fingerprint(model)
     artifacts.writable_dir(sys.argv[1])
-cli.run(check, "interpretable.sh")
+console.run(check, "interpretable.sh")
 ' "$OUTPUT_DIR" "${stages[@]}"
 mkdir -p "$OUTPUT_DIR/logs"
 
@@ -245,4 +247,4 @@ while (($#)); do
   stage "$1" "$here/$2" "${@:4:$3}"
   shift $((3 + $3))
 done
-stage report -m rewardlib.interpretable_report "$OUTPUT_DIR"
+stage report "$here/studies/interpretable_report.py" "$OUTPUT_DIR"

@@ -21,9 +21,11 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-from rewardlib import artifacts, attribute_data, chat_data, chat_embeddings, gating, language_models, multi_objective
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.cli import console, kinds
+from rewardlib.errors import InputError
+from rewardlib.llm import loading
+from studies.interpretable import attribute_data, chat_data, chat_embeddings, gating, multi_objective
 
 MEASURES = ("score", "debiased", "standardised", "contribution")
 SIDES = ("chosen", "rejected")
@@ -38,10 +40,10 @@ RC = {
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("what to explain")
     group.add_argument("--data", help="a prepared file of pairs or rated responses, or a pattern of its shards")
-    group.add_argument("--index", type=cli.seed, help="row of --data, from 0")
+    group.add_argument("--index", type=kinds.seed, help="row of --data, from 0")
     group.add_argument("--subset", help="name of a subset of --data: the mean of its rows")
     group.add_argument("--text", nargs=2, metavar=("PROMPT", "RESPONSE"), help="texts; needs --model")
     group = parser.add_argument_group("embedding of --text, as in interpretable_prepare.py")
@@ -50,7 +52,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="bfloat16 on a GPU"
     )
-    group.add_argument("--max_length", type=cli.count, default=4096, help="most tokens")
+    group.add_argument("--max_length", type=kinds.count, default=4096, help="most tokens")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
     group = parser.add_argument_group("run")
     group.add_argument("--model_dir", default="interpretable_out", help="where the gate and the attribute heads are")
@@ -106,11 +108,11 @@ def embed(args):
     """The response of --text as one rated response with its prompt's embedding."""
     check_model(args)
     tokenizer = chat_embeddings.load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
-    model = language_models.load_model("base", args.model, args.dtype, args.trust_remote_code)
+    model = loading.load_model("base", args.model, args.dtype, args.trust_remote_code)
     row = dict(zip(("prompt", "response"), args.text, strict=True))
     groups = attribute_data.groups_of(args.text[:1])
     chats = chat_data.Chats([row], np.arange(1), "rated", ["text"], groups, None, [], None, "")
-    pad_id = language_models.padding_token(tokenizer, args.model)
+    pad_id = loading.padding_token(tokenizer, args.model)
     limits = {"max_length": args.max_length, "batch_tokens": args.max_length, "storage_dtype": "float32"}
     rated, _ = chat_embeddings.embed(model, tokenizer, pad_id, chats, **limits)
     if rated.left_out:
@@ -125,7 +127,7 @@ def check_model(args):
         source = source["made_of"]
     if "model" not in source:
         print("explain: whether --model embedded the gate's training data cannot be told from their record")
-    elif source["model"] != artifacts.hash_of(language_models.fingerprint(args.model)):
+    elif source["model"] != artifacts.hash_of(loading.fingerprint(args.model)):
         raise InputError(
             f"{args.model}: expected the model that embedded the gate's training data, {source['embedding_model']}, "
             "found another; give that one"
@@ -209,4 +211,4 @@ def draw(file, content, sides):
 
 
 if __name__ == "__main__":
-    cli.run(main, "explain")
+    console.run(main, "explain")

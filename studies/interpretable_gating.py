@@ -21,16 +21,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-import networks
-from rewardlib import artifacts, attribute_data, gating, multi_objective, seeds
+from rewardlib import artifacts, seeds
+from rewardlib.cli import console, kinds, tables
+from rewardlib.errors import InputError
+from rewardlib.nets.gate import GATE_HIDDEN, train_gate
+from rewardlib.nets.training import Training, default_batch_size
+from studies.interpretable import attribute_data, gating, multi_objective
 
 OUTPUTS = (gating.GATE, gating.RECORD, gating.SPLIT)
 READ_FROM_MODEL_DIR = (multi_objective.HEADS, gating.HEADS_RECORD, gating.HEADS_SPLIT)
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs and outputs")
     group.add_argument("--pairs", required=True, help="prepared pairs, chosen then rejected; a file or shards")
     group.add_argument("--model_dir", default="interpretable_out", help="where the attribute heads are")
@@ -41,33 +44,35 @@ def parse_args(argv=None):
         "--freeze", nargs="+", type=named_weight, default=[], metavar="NAME=WEIGHT", help="weights to give, not learn"
     )
     group = parser.add_argument_group("gate")
-    group.add_argument("--temperature", type=cli.positive, default=10.0, help="divides the logits of the weights")
+    group.add_argument("--temperature", type=kinds.positive, default=10.0, help="divides the logits of the weights")
     group.add_argument("--dropout", type=probability, default=0.2, help="after each hidden layer")
-    group.add_argument("--hidden", type=cli.count, nargs="+", default=list(networks.GATE_HIDDEN), help="layer sizes")
-    group.add_argument("--epochs", type=cli.count, default=20, help="most passes; the best by validation loss is kept")
-    group.add_argument("--learning_rate", type=cli.positive, default=1e-3, help="peak of the schedule")
-    group.add_argument("--weight_decay", type=cli.non_negative, default=0.0, help="of AdamW")
+    group.add_argument("--hidden", type=kinds.count, nargs="+", default=list(GATE_HIDDEN), help="layer sizes")
     group.add_argument(
-        "--batch_size", type=cli.count, help="pairs; None: a sixteenth of those to fit, between 16 and 1024"
+        "--epochs", type=kinds.count, default=20, help="most passes; the best by validation loss is kept"
+    )
+    group.add_argument("--learning_rate", type=kinds.positive, default=1e-3, help="peak of the schedule")
+    group.add_argument("--weight_decay", type=kinds.non_negative, default=0.0, help="of AdamW")
+    group.add_argument(
+        "--batch_size", type=kinds.count, help="pairs; None: a sixteenth of those to fit, between 16 and 1024"
     )
     group = parser.add_argument_group("split")
     group.add_argument("--validation_share", type=probability, default=0.1, help="of the pairs, by prompt")
     group.add_argument("--held_out_share", type=probability, default=0.2, help="of the pairs, by prompt")
-    group.add_argument("--seed", type=cli.seed, default=6, help="of every random draw")
+    group.add_argument("--seed", type=kinds.seed, default=6, help="of every random draw")
     return parser.parse_args(argv)
 
 
 def named_weight(text):
     name, found, weight = text.rpartition("=")
     if not found or not name:
-        raise artifacts.InputError(f"--freeze: expected NAME=WEIGHT, found {text!r}")
-    return name, cli.finite(weight)
+        raise InputError(f"--freeze: expected NAME=WEIGHT, found {text!r}")
+    return name, kinds.finite(weight)
 
 
 def probability(text):
-    value = cli.non_negative(text)
+    value = kinds.non_negative(text)
     if value >= 1:
-        raise artifacts.InputError(f"expected a share of at least 0 and below 1, found {text}")
+        raise InputError(f"expected a share of at least 0 and below 1, found {text}")
     return value
 
 
@@ -95,15 +100,15 @@ def main(argv=None):
         raw = multi_objective.score_rows(model, data, rows)
         gated = gating.standardise(model, attributes, raw[fit])
         values = gating.standardised(gated, raw)
-        gate, log = networks.train_gate(
+        gate, log = train_gate(
             data.take_prompts(rows),
             values,
             (fit, validation),
             frozen,
-            networks.Training(
+            Training(
                 args.epochs,
                 args.learning_rate,
-                args.batch_size or networks.default_batch_size(len(fit)),
+                args.batch_size or default_batch_size(len(fit)),
                 weight_decay=args.weight_decay,
             ),
             seeds.torch_seed(args.seed, "gate"),
@@ -179,7 +184,7 @@ def report(result):
         for method, row in held["methods"].items():
             name = f"{method} ({note[method]})" if method in note else method
             gap = difference(held["gate_minus"].get(method))
-            print(f"  {name:34}{cli.with_interval(row, 'accuracy'):>24}{gap:>28}")
+            print(f"  {name:34}{tables.with_interval(row, 'accuracy'):>24}{gap:>28}")
     else:
         print(f"gating: no held-out accuracy: {result['null_reason']}")
     weights = result["weights"]
@@ -200,4 +205,4 @@ def difference(told):
 
 
 if __name__ == "__main__":
-    cli.run(main, "gating")
+    console.run(main, "gating")

@@ -8,9 +8,9 @@
 Chat data are embedded shard by shard, each finished shard is kept when a run ends early, and joined at the end.
 Several GPUs or machines: one process for each --shard_idx, then the same command without it.
 
-Reads   --dataset: rows of {"messages", numbers...} or {"chosen", "rejected"} (rewardlib/chat_data.py describes them);
+Reads   --dataset: rows of {"messages", numbers...} or {"chosen", "rejected"} (studies/interpretable/chat_data.py describes them);
         --embeddings, --labels, --attribute_names, --prompt_embeddings; or --prepared
-Writes  --output (.safetensors; rewardlib/attribute_data.py describes it), manifest.json beside it
+Writes  --output (.safetensors; studies/interpretable/attribute_data.py describes it), manifest.json beside it
 Example python studies/interpretable_prepare.py --dataset rated.jsonl --model MODEL --output rated.safetensors
         python studies/interpretable_prepare.py --source prepared --prepared rated.safetensors \\
             --pairs_from helpfulness --output pairs.safetensors
@@ -27,17 +27,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-from rewardlib import (
-    artifacts,
-    attribute_data,
-    attribute_sources,
-    chat_data,
-    chat_embeddings,
-    language_models,
-    responses,
-)
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.cli import console, kinds
+from rewardlib.errors import InputError
+from rewardlib.llm import loading, responses
+from studies.interpretable import attribute_data, attribute_sources, chat_data, chat_embeddings
 
 SHARD_ROWS = 4096
 SHOWN = 5
@@ -47,7 +41,7 @@ SELECTION = ("prompts", "share", "seed", "attributes", "pairs_from", "min_gap", 
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     parser.add_argument("--source", choices=("chat", "arrays", "prepared"), default="chat", help="what is read")
     group = parser.add_argument_group("chat data")
     group.add_argument("--dataset", help="a .jsonl file, a folder of save_to_disk, or a name on the hub")
@@ -70,24 +64,26 @@ def parse_args(argv=None):
     )
     group.add_argument("--prompts", choices=("all", "first", "second"), default="all", help="part of the prompts")
     group.add_argument("--share", type=share, default=0.5, help="of the prompts that are in the first part")
-    group.add_argument("--seed", type=cli.seed, default=6, help="of the two parts and of the pairs")
+    group.add_argument("--seed", type=kinds.seed, default=6, help="of the two parts and of the pairs")
     group.add_argument("--pairs_from", help="make pairs within prompts: the response with more of this attribute wins")
-    group.add_argument("--min_gap", type=cli.non_negative, default=0.0, help="a pair's labels differ by more than this")
-    group.add_argument("--pairs_per_prompt", type=cli.count, default=10, help="at most, drawn at random")
+    group.add_argument(
+        "--min_gap", type=kinds.non_negative, default=0.0, help="a pair's labels differ by more than this"
+    )
+    group.add_argument("--pairs_per_prompt", type=kinds.count, default=10, help="at most, drawn at random")
     group = parser.add_argument_group("embedding of chat data")
     group.add_argument("--model", help="gemma2b, gemma7b, llama38b, a hub id or a folder; with other sources a name")
     group.add_argument("--chat_template", type=Path, help="a Jinja file; None: the tokenizer's own template")
     group.add_argument(
-        "--max_length", type=cli.count, default=4096, help="tokens; longer rows are left out and counted"
+        "--max_length", type=kinds.count, default=4096, help="tokens; longer rows are left out and counted"
     )
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="bfloat16 on a GPU"
     )
-    group.add_argument("--batch_tokens", type=cli.count, default=16384, help="tokens per batch, with padding")
+    group.add_argument("--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, with padding")
     group.add_argument("--storage_dtype", choices=("float32", "float16"), default="float32", help="of the file")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
-    group.add_argument("--n_shards", type=cli.count, help=f"parts of the work; None: of {SHARD_ROWS} rows each")
-    group.add_argument("--shard_idx", type=cli.seed, help="make this shard alone, from 0; None: all, and join them")
+    group.add_argument("--n_shards", type=kinds.count, help=f"parts of the work; None: of {SHARD_ROWS} rows each")
+    group.add_argument("--shard_idx", type=kinds.seed, help="make this shard alone, from 0; None: all, and join them")
     group.add_argument("--merge", action="store_true", help="join the shards that are there; a missing one is an error")
     group = parser.add_argument_group("outputs")
     group.add_argument("--output", type=Path, required=True, help="the prepared file, .safetensors")
@@ -95,7 +91,7 @@ def parse_args(argv=None):
 
 
 def share(text):
-    value = cli.positive(text)
+    value = kinds.positive(text)
     if value >= 1:
         raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, found {text!r}")
     return value
@@ -208,9 +204,9 @@ def prepare_chats(args, folder):
         chats = chats.take(np.flatnonzero(part))
     names = ("prompts", "share", "seed", "kind", "max_length", "storage_dtype")
     settings = {**{name: getattr(args, name) for name in names}, "attributes": chats.attributes}
-    settings["dtype"] = str(language_models.torch_dtype(args.dtype))
+    settings["dtype"] = str(loading.torch_dtype(args.dtype))
     settings["chat_template"] = args.chat_template and artifacts.sha256(args.chat_template)
-    inputs = {"dataset": chats.digest, "model": artifacts.hash_of(language_models.fingerprint(args.model))}
+    inputs = {"dataset": chats.digest, "model": artifacts.hash_of(loading.fingerprint(args.model))}
     work = responses.work_of(settings, inputs)
     if args.shard_idx is None and is_finished(args, folder, work):
         return None
@@ -218,7 +214,7 @@ def prepare_chats(args, folder):
         "producer": attribute_data.MADE_BY,
         "dataset": args.dataset,
         "sha256": chats.digest,
-        "embedding_model": language_models.full_name(args.model),
+        "embedding_model": loading.full_name(args.model),
         "model": inputs["model"],
         "prompt_position": chat_embeddings.PROMPT_POSITION,
         "settings": settings,
@@ -246,11 +242,11 @@ def make_shards(args, chats, source, paths):
                 continue
             if model is None:
                 model, tokenizer = load(args)
-                pad_id = language_models.padding_token(tokenizer, args.model)
+                pad_id = loading.padding_token(tokenizer, args.model)
                 chat_embeddings.check_disk(path.parent, chats, model, args.storage_dtype)
             part = chats.take(chat_embeddings.shard_rows(len(chats.ids), idx, args.n_shards))
             sizes = {name: getattr(args, name) for name in ("max_length", "batch_tokens", "storage_dtype")}
-            with language_models.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
+            with loading.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
                 rated, n_alone = chat_embeddings.embed(model, tokenizer, pad_id, part, **sizes, desc=path.stem)
             attribute_data.write(path, replace(rated, source=source))
             alone = f"; {n_alone} prompts in a pass of their own" if n_alone else ""
@@ -259,7 +255,7 @@ def make_shards(args, chats, source, paths):
 
 def load(args):
     tokenizer = chat_embeddings.load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
-    return language_models.load_model("base", args.model, args.dtype, args.trust_remote_code), tokenizer
+    return loading.load_model("base", args.model, args.dtype, args.trust_remote_code), tokenizer
 
 
 def describe(path, rated):
@@ -278,4 +274,4 @@ def describe(path, rated):
 
 
 if __name__ == "__main__":
-    cli.run(main, "prepare")
+    console.run(main, "prepare")

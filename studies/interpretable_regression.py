@@ -22,9 +22,11 @@ from scipy.special import logit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-from rewardlib import artifacts, attribute_data, attribute_metrics, multi_objective, seeds
-from rewardlib.artifacts import InputError, null_if_nan
+from rewardlib import artifacts, seeds
+from rewardlib.artifacts import null_if_nan
+from rewardlib.cli import console, kinds, tables
+from rewardlib.errors import InputError
+from studies.interpretable import attribute_data, attribute_metrics, multi_objective
 
 RECORD, SPLIT = "attribute_heads.json", "regression_split.json"
 OUTPUTS = (multi_objective.HEADS, RECORD, SPLIT)
@@ -32,7 +34,7 @@ PATHS = ("data", "reference", "output_dir", "debug")
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs and outputs")
     group.add_argument("--data", required=True, help="prepared file, or a pattern of its shards, quoted")
     group.add_argument("--labels", choices=("ratings", "pairwise"), default="ratings", help="what the labels are")
@@ -40,12 +42,12 @@ def parse_args(argv=None):
     group.add_argument("--output_dir", default="interpretable_out", help="results")
     group = parser.add_argument_group("regression")
     group.add_argument(
-        "--intercept", type=cli.switch, default=False, help="1: fit one to ratings; the paper's backbone needs none"
+        "--intercept", type=kinds.switch, default=False, help="1: fit one to ratings; the paper's backbone needs none"
     )
     group = parser.add_argument_group("debiasing")
     group.add_argument("--verbosity_attribute", default="verbosity", help="an attribute, or none: no debiasing")
     group.add_argument(
-        "--threshold", type=cli.positive, default=multi_objective.THRESHOLD, help="largest |rho| on reference prompts"
+        "--threshold", type=kinds.positive, default=multi_objective.THRESHOLD, help="largest |rho| on reference prompts"
     )
     group.add_argument("--penalty_search", choices=("root", "grid"), default="root", help="grid: the paper's 24 values")
     group.add_argument("--allow_unreached", action="store_true", help="keep the nearest penalty where none suffices")
@@ -54,7 +56,7 @@ def parse_args(argv=None):
     group.add_argument("--validation_share", type=share, default=0.15, help="of the rows, by prompt")
     group.add_argument("--reference_share", type=share, default=0.15, help="of the rows, unless --reference is given")
     group.add_argument("--held_out_share", type=share, default=0.2, help="of the rows")
-    group.add_argument("--seed", type=cli.seed, default=6, help="of every random draw")
+    group.add_argument("--seed", type=kinds.seed, default=6, help="of every random draw")
     args = parser.parse_args(argv)
     if args.reference and args.verbosity_attribute == "none":
         raise InputError("--reference: expected a --verbosity_attribute beside it, found none; leave one of them out")
@@ -64,7 +66,7 @@ def parse_args(argv=None):
 
 
 def share(text):
-    value = cli.positive(text)
+    value = kinds.positive(text)
     if value >= 1:
         raise InputError(f"expected a share between 0 and 1, found {text}")
     return value
@@ -195,7 +197,7 @@ def report(record):
     print(f"{'':26}{'labels':>8}{'strength':>9}" + "".join(f" {c:>26}" for c in (*columns, "constant")))
     for name, row in record["regression"].items():
         held, constant = row["held_out"], row["held_out"]["baseline"]
-        cells = [*(cli.with_interval(held, column) for column in columns), cli.with_interval(constant, error)]
+        cells = [*(tables.with_interval(held, column) for column in columns), tables.with_interval(constant, error)]
         n = row["n"]["fit"] + row["n"]["validation"]
         print(f"  {name[:23]:24}{n:>8}{row['strength']:>9g}" + "".join(f" {cell:>26}" for cell in cells))
         if held[error] is not None and held[error] > constant[error]:
@@ -214,8 +216,8 @@ def report_debiasing(debiasing, verbosity):
     print(f"{'':26}{'penalty':>10}{'reference':>19}{'held out':>50}")
     for name, row in debiasing["attributes"].items():
         if name != verbosity:
-            near = [cli.with_interval(row["reference"][when], "spearman").split()[0] for when in ("before", "after")]
-            held = [cli.with_interval(row["held_out"][when], "spearman") for when in ("before", "after")]
+            near = [tables.with_interval(row["reference"][when], "spearman").split()[0] for when in ("before", "after")]
+            held = [tables.with_interval(row["held_out"][when], "spearman") for when in ("before", "after")]
             print(f"  {name[:23]:24}{row['penalty']:>10.4g}{' -> '.join(near):>19}{' -> '.join(held):>50}")
             low, high = row["held_out"]["after"]["spearman_ci95"]
             if low is not None and (low > debiasing["threshold"] or high < -debiasing["threshold"]):
@@ -225,4 +227,4 @@ def report_debiasing(debiasing, verbosity):
 
 
 if __name__ == "__main__":
-    cli.run(main, Path(__file__).stem)
+    console.run(main, Path(__file__).stem)

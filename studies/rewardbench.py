@@ -23,9 +23,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
-from rewardlib import artifacts, attribute_data, gating, multi_objective, rewardbench
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.cli import console, kinds, tables
+from rewardlib.errors import InputError
+from studies.interpretable import attribute_data, gating, multi_objective, rewardbench
 
 RESULTS = "rewardbench_results.json"
 CORRECT = "correct"
@@ -34,7 +35,7 @@ READ_FROM_MODEL_DIR = (multi_objective.HEADS, gating.GATE, gating.RECORD, gating
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__doc__)
+    parser = console.parser(__doc__)
     group = parser.add_argument_group("benchmarks (prepared files)")
     group.add_argument("--pairs", help="RewardBench 1, with its subset names")
     group.add_argument("--prior_sets", help="the prior sets, with their subset names; needs --pairs")
@@ -44,7 +45,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("run")
     group.add_argument("--model_dir", default="interpretable_out", help="where the gate and the attribute heads are")
     group.add_argument("--output_dir", help="results; None: --model_dir")
-    group.add_argument("--seed", type=cli.seed, default=6, help="of the intervals")
+    group.add_argument("--seed", type=kinds.seed, default=6, help="of the intervals")
     args = parser.parse_args(argv)
     if args.prior_sets and not args.pairs:
         raise InputError("--prior_sets: expected --pairs beside it, found none; without it give --domains")
@@ -173,14 +174,14 @@ def report(results):
             shown = list(columns.items())[start : start + 4]
             print(f"{'':39}" + "".join(f"{title[-27:]:>28}" for title, _ in shown))
             for method, row in methods.items():
-                cells = (cli.with_interval(*cell(row)) for _, cell in shown)
+                cells = (tables.with_interval(*cell(row)) for _, cell in shown)
                 print(f"  {labels[method][:36]:37}" + "".join(f"{text:>28}" for text in cells))
         for section, subsets in benchmark.get("missing_subsets", {}).items():
             print(f"  no score for {section}: {', '.join(subsets)} missing")
         if kind == "rewardbench":
             for subset, row in methods["gate"]["subsets"].items():
                 count = row["n"] if row["n"] == row["n_official"] else f"{row['n']} of {row['n_official']}"
-                told = [cli.with_interval(methods[m]["subsets"][subset], "accuracy") for m in ("gate", "uniform")]
+                told = [tables.with_interval(methods[m]["subsets"][subset], "accuracy") for m in ("gate", "uniform")]
                 print(f"  {subset:24}{count!s:>12}{'gate':>8}{told[0]:>24}{'uniform':>10}{told[1]:>24}")
 
 
@@ -207,4 +208,4 @@ def domain_columns(methods):
 
 
 if __name__ == "__main__":
-    cli.run(main, "rewardbench")
+    console.run(main, "rewardbench")

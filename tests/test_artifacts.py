@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, STEPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardlib import artifacts
-from rewardlib.artifacts import InputError
+from rewardlib.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 STEP = ROOT / "step5_train_rms.py"
 
 
@@ -252,17 +252,65 @@ def test_another_script_is_other_work(finished):
     assert not artifacts.is_finished(finished, "step5", work(script=ROOT / "step6_eval_rms.py"))
 
 
-def test_the_code_counts_but_not_the_report(tmp_path, monkeypatch):
+SOURCES = {
+    "step.py": "import json\nfrom rewardlib.cli import flags\nfrom rewardlib.data import splits\n",
+    "rewardlib/__init__.py": "",
+    "rewardlib/seeds.py": "import rewardlib.seeds\n",
+    "rewardlib/unused.py": "",
+    "rewardlib/data/__init__.py": "",
+    "rewardlib/data/splits.py": "def load():\n    from rewardlib import seeds\n",
+    "rewardlib/data/pairs.py": "from rewardlib.data import splits\n",
+    "rewardlib/cli/flags.py": "from rewardlib.data import pairs\n",
+    "studies/study.py": "from rewardlib.data import splits\n",
+}
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A small project whose step.py imports some of its modules."""
     monkeypatch.setattr(artifacts, "ROOT", tmp_path)
-    (tmp_path / "rewardlib").mkdir()
-    files = ["step.py", "networks.py", "rewardlib/metrics.py", "rewardlib/report.py"]
-    for name in files:
-        (tmp_path / name).write_text("old")
-    digests = [artifacts.code_digest(tmp_path / "step.py")]
-    for name in files:
-        (tmp_path / name).write_text("new")
-        digests.append(artifacts.code_digest(tmp_path / "step.py"))
-    assert len(set(digests[:4])) == 4 and digests[4] == digests[3]
+    for name, text in SOURCES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_the_code_is_what_the_script_imports_directly_or_through_others(sources):
+    digests = artifacts.source_digests(sources / "step.py")
+    assert list(digests) == [
+        "rewardlib/__init__.py",
+        "rewardlib/data/__init__.py",
+        "rewardlib/data/splits.py",
+        "rewardlib/seeds.py",
+        "step.py",
+    ]
+    assert digests["step.py"] == artifacts.sha256(sources / "step.py")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_finished_step_stays_finished_until_a_file_that_it_imports_is_edited(sources, tmp_path, name):
+    out = artifacts.writable_dir(tmp_path / "out")
+    step = sources / "step.py"
+    artifacts.record(out, "step", artifacts.identity(step, {}, {}), [], time.time())
+    used = name in artifacts.source_digests(step)
+    (sources / name).write_text(SOURCES[name] + "# edited\n")
+    work = artifacts.identity(step, {}, {})
+    assert artifacts.is_finished(out, "step", work) == (not used)
+    assert artifacts.describe_change(out, "step", work) == ([f"{name} changed"] if used else [])
+
+
+def test_an_import_that_is_new_counts_at_once(sources):
+    with open(sources / "step.py", "a") as file:
+        file.write("from rewardlib import unused\n")
+    assert "rewardlib/unused.py" in artifacts.source_digests(sources / "step.py")
+
+
+def test_the_steps_count_the_modules_that_they_share_and_no_study_report_or_command_line():
+    for number, name in STEPS.items():
+        files = list(artifacts.source_digests(ROOT / f"{name}.py"))
+        assert {"rewardlib/artifacts.py", "rewardlib/data/splits.py", "rewardlib/pipeline/run_record.py"} < set(files)
+        assert not [file for file in files if file.startswith(("rewardlib/cli", "rewardlib/report", "studies"))]
+        assert ("rewardlib/pipeline/leakage.py" in files) == (number == 8)
 
 
 @pytest.mark.parametrize("change", ["missing", "changed", "longer", "folder"])

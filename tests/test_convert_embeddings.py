@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convert_embeddings
-from rewardlib import artifacts, embeddings, published
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.data import embeddings, published
+from rewardlib.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data" / "alpaca"
 K, N, D = 3, 4, 2
 LONG = (
@@ -677,7 +678,7 @@ def test_killed_process_resumes_in_constant_memory(tmp_path, out):
     code = """
 import os, pathlib, signal, sys
 import convert_embeddings
-from rewardlib import published
+from rewardlib.data import published
 real, blocks = published.read_block, 0
 def read_block(*args):
     global blocks

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from rewardlib import CALLS, mlp_models, reward_models
+import rewardlib
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -36,14 +36,8 @@ def test_the_blocks_of_the_page_run_from_top_to_bottom(page, tmp_path, monkeypat
 
 def test_the_page_names_every_call_and_model():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    models = [name for name, value in {**vars(mlp_models), **vars(reward_models)}.items() if is_model(name, value)]
-    assert {"BT_MLP", "CLF_MLP", "BT_Linear", "CLF_LGBM", "Ensemble"} <= set(models)
-    assert [name for name in (*CALLS, *models) if not re.search(rf"`{name}\b", text)] == []
-
-
-def is_model(name, value):
-    base = reward_models.RewardModel
-    return isinstance(value, type) and issubclass(value, base) and value is not base and not name.startswith("_")
+    assert [name for name in rewardlib.PUBLIC if not re.search(rf"\b{name}\b", text)] == []
+    assert [name for name in rewardlib.PUBLIC if getattr(rewardlib, name).__name__ != name] == []
 
 
 def test_files_that_pages_link_to_exist():

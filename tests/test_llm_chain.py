@@ -11,8 +11,8 @@ import pytest
 import tiny_models
 from conftest import ROOT
 
-from rewardlib import preflight
-from rewardlib.artifacts import InputError
+from rewardlib.cli import preflight
+from rewardlib.errors import InputError
 
 for name in ("transformers", "trl", "peft", "datasets", "accelerate"):
     pytest.importorskip(name, reason="steps 1 to 4 need the extra [llm]")

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import networks
-from rewardlib import ensembles, report, reward_models
-from rewardlib.artifacts import InputError
+import step5_train_rms
+from rewardlib.cli import report
+from rewardlib.errors import InputError
+from rewardlib.models import model_files
+from rewardlib.models.classifiers import has_lightgbm
+from rewardlib.nets.training import train_ensemble
 
 SMALL = ["--ensemble_number", "2", "--training_epochs", "1"]
 
@@ -63,7 +66,7 @@ STEPS = {
     7: "step7_isotonic_distillation",
     8: "step8_validate_distillation",
 }
-NEEDS_TREES = pytest.mark.skipif(not reward_models.has_lightgbm(), reason="LightGBM is not installed")
+NEEDS_TREES = pytest.mark.skipif(not has_lightgbm(), reason="LightGBM is not installed")
 
 
 def run_steps(data, out, *flags):
@@ -94,7 +97,7 @@ def test_other_reward_models_go_through_all_steps(data, tmp_path, model, objecti
     assert results["Teacher ORM"]["spearman"] > 0.1
     [record] = (json.loads(path.read_text()) for path in (tmp_path / "a").glob("orm_*.json"))
     rows = np.load(data / "EMBD-TRAIN-split_0.npy")
-    scores = [ensembles.load_any(path, rows.shape[1]).predict(rows.astype(np.float32)) for path in members]
+    scores = [model_files.load(path, rows.shape[1]).predict(rows.astype(np.float32)) for path in members]
     assert not np.allclose(scores[0], scores[1])  # each on a bootstrap of its own
     assert record["settings"]["replacement"] is True and len(record["scale"]["centre"]) == 3
     report.main([str(tmp_path / "a")])
@@ -110,13 +113,13 @@ def test_few_labels_that_are_all_alike_by_chance_are_enough(data, tmp_path, caps
 
 
 def test_recorded_pairs_are_trained_on_in_the_precision_that_is_recorded(tmp_path, monkeypatch, capsys):
-    path, types, train = recorded(tmp_path / "pairs.npz"), [], networks.train_ensemble
+    path, types, train = recorded(tmp_path / "pairs.npz"), [], train_ensemble
 
     def remember(rows, *rest):
         types.append(rows.dtype)
         return train(rows, *rest)
 
-    monkeypatch.setattr(networks, "train_ensemble", remember)
+    monkeypatch.setattr(step5_train_rms, "train_ensemble", remember)
     for precision in ("fp32", "bf16"):
         run(5, path, tmp_path / precision, "--precision", precision)
         run(6, path, tmp_path / precision, "--precision", precision)

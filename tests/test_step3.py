@@ -9,8 +9,8 @@ import tiny_models
 import torch
 
 import step3_reward_annotation
-from rewardlib import language_models, prompts, responses
-from rewardlib.artifacts import InputError
+from rewardlib.errors import InputError
+from rewardlib.llm import encoding, loading, prompts, responses
 
 transformers = pytest.importorskip("transformers", reason="steps 1 to 4 need the extra [llm]")
 
@@ -81,11 +81,11 @@ def test_text_is_cut_at_the_next_turn(tmp_path, reward_model):
 @pytest.mark.parametrize("pad_id", [1, 2])
 def test_padding_does_not_change_a_reward(reward_model, side, pad_id):
     """Also when the pad id (1: the end token) closes the text itself."""
-    tokenizer = language_models.load_tokenizer(reward_model)
-    model = language_models.load_model("reward", reward_model)
+    tokenizer = loading.load_tokenizer(reward_model)
+    model = loading.load_model("reward", reward_model)
     ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in tiny_models.sentences(20, 8)]
-    single = [language_models.score(model, [row], pad_id, 1)[0] for row in ids]
-    batched = language_models.score(model, ids, pad_id, 300, side)
+    single = [encoding.score(model, [row], pad_id, 1)[0] for row in ids]
+    batched = encoding.score(model, ids, pad_id, 300, side)
     np.testing.assert_allclose(batched, single, atol=1e-5)
     assert np.ptp(single) > 0.5
 
@@ -96,14 +96,14 @@ def test_other_heads_use_their_own_forward(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.BertConfig(vocab_size=400, num_labels=1, pad_token_id=2, **sizes)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
-    model = language_models.load_model("reward", str(tmp_path))
+    model = loading.load_model("reward", str(tmp_path))
     ids = [[0, *range(5, 5 + n)] for n in (3, 9, 5)]
-    batched = language_models.score(model, ids, 2, 1000)
-    np.testing.assert_allclose(batched, [language_models.score(model, [row], 2, 1)[0] for row in ids], atol=1e-5)
+    batched = encoding.score(model, ids, 2, 1000)
+    np.testing.assert_allclose(batched, [encoding.score(model, [row], 2, 1)[0] for row in ids], atol=1e-5)
 
 
 def test_chat_template(reward_model, tmp_path):
-    tokenizer = language_models.load_tokenizer(reward_model)
+    tokenizer = loading.load_tokenizer(reward_model)
     with pytest.raises(InputError, match="a chat template that takes this dialogue"):
         step3_reward_annotation.reward_ids(tokenizer, "\n\nHuman: a\n\nAssistant:", " b", True, "rm")
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -143,7 +143,7 @@ def test_out_of_memory_names_batch_tokens(gen, reward_model, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(language_models, "score", full)
+    monkeypatch.setattr(encoding, "score", full)
     with pytest.raises(InputError, match=r"CUDA out of memory; lower --batch_tokens \(now 16384\)"):
         annotate(gen, reward_model)
 
@@ -151,7 +151,7 @@ def test_out_of_memory_names_batch_tokens(gen, reward_model, monkeypatch):
 def test_default_models():
     assert step3_reward_annotation.parse_args(["--task", "harmless"]).reward_model == "rayharmless"
     assert step3_reward_annotation.parse_args([]).reward_model == "rmmistral7b"
-    assert language_models.full_name("rmmistral7b") == "weqweasdas/RM-Mistral-7B"
+    assert loading.full_name("rmmistral7b") == "weqweasdas/RM-Mistral-7B"
     assert prompts.default_prompts("hh-rlhf-harmless-gpt4") == "hh-rlhf-harmless"
     assert responses.label("llama3-8b") == responses.label("llama38b") == "llama38b"
     assert responses.label("Ray2333/gpt2-large") == "Ray2333-gpt2-large" or Path("Ray2333").exists()

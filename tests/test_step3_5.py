@@ -2,15 +2,15 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import tiny_models
+from conftest import ROOT
 
-from rewardlib import artifacts, responses
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.errors import InputError
+from rewardlib.llm import responses
 
-ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("step3_5", ROOT / "step3.5_processing_data.py")
 step3_5 = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(step3_5)

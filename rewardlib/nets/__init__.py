@@ -1,0 +1,1 @@
+"""Torch modules and their training: arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""What steps 5 to 8 share."""

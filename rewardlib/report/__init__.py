@@ -1,0 +1,1 @@
+"""Reports: one HTML page each, made from the files that the steps wrote."""

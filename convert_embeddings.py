@@ -4,8 +4,9 @@ Reads   EMBD_*.npy with REWARD_*.npy, EMBD-TRAIN-*.npy with REWARD-TRAIN-*.npy, 
         (rewardlib/data/published.py has the names in full), found in --embd_dir or named by --embd_file and --reward_file
 Writes  --output_dir/EMBD-{TRAIN,TEST}-split_{k}.npy, rewards_split_{k}.json, rewards_test_split_{k}.json, manifest.json
 
-The work is done in --output_dir/.converting and moved into place when all of it is complete: until then the folder
-keeps what it had. Stopped at any moment, the same command goes on from the last finished file. Memory is constant.
+The work is done in --output_dir/.converting and moved into place when all of it is complete: until
+then the folder keeps what it had. Stopped at any moment, the same command goes on from the last
+finished file. Memory is constant.
 
 Example
     python convert_embeddings.py --embd_dir embd/RM-Embeddings --task harmless --gen_model gemma7b --output_dir data
@@ -38,21 +39,46 @@ def parse_args(argv=None):
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
     group.add_argument("--embd_dir", help="folder to search, sub-folders included")
-    group.add_argument("--embd_file", nargs="+", help="embedding file instead of a search; two: train, then test")
+    group.add_argument(
+        "--embd_file", nargs="+", help="embedding file instead of a search; two: train, then test"
+    )
     group.add_argument("--reward_file", nargs="+", help="reward file of each --embd_file")
-    group.add_argument("--split", choices=("train", "test", "both"), default="both", help="which prompts to convert")
-    group.add_argument("--axes", choices=("auto", "KND", "NKD"), default="auto", help="axis order of the embeddings")
+    group.add_argument(
+        "--split",
+        choices=("train", "test", "both"),
+        default="both",
+        help="which prompts to convert",
+    )
+    group.add_argument(
+        "--axes",
+        choices=("auto", "KND", "NKD"),
+        default="auto",
+        help="axis order of the embeddings",
+    )
     group = parser.add_argument_group("names to search for, case aside")
-    group.add_argument("--task", default="helpful", help="helpful, harmless, or another with --dataset")
+    group.add_argument(
+        "--task", default="helpful", help="helpful, harmless, or another with --dataset"
+    )
     group.add_argument("--dataset", help="name in the files; None: hh-rlhf-{task}-{sft_obj}")
-    group.add_argument("--sft_obj", default="gpt4", help="data of the supervised fine-tuning; 'none' for no suffix")
+    group.add_argument(
+        "--sft_obj", default="gpt4", help="data of the supervised fine-tuning; 'none' for no suffix"
+    )
     group.add_argument("--embed_model", default="gemma2b", help="model that embedded the responses")
     group.add_argument("--gen_model", default="gemma2b", help="model that wrote the responses")
-    group.add_argument("--reward_model", help="golden reward model, for where several fit; None: any")
+    group.add_argument(
+        "--reward_model", help="golden reward model, for where several fit; None: any"
+    )
     group = parser.add_argument_group("outputs")
     group.add_argument("--output_dir", default="data", help="DATA_DIR of the other steps")
-    group.add_argument("--max_prompts", type=kinds.count_or_all, default="all", help="first prompts of a split, or all")
-    group.add_argument("--dtype", choices=("keep", "float16", "float32"), default="keep", help="of the embeddings")
+    group.add_argument(
+        "--max_prompts",
+        type=kinds.count_or_all,
+        default="all",
+        help="first prompts of a split, or all",
+    )
+    group.add_argument(
+        "--dtype", choices=("keep", "float16", "float32"), default="keep", help="of the embeddings"
+    )
     return parser.parse_args(argv)
 
 
@@ -72,11 +98,13 @@ def main(argv=None):
             except InputError:
                 shutil.rmtree(output_dir / STAGING)
                 raise
-            publish(output_dir, plan, progress, {k: v for k, v in vars(args).items() if k != "debug"})
+            publish(
+                output_dir, plan, progress, {k: v for k, v in vars(args).items() if k != "debug"}
+            )
         report(output_dir)
 
 
-# ----------------------------------------------------------------------------------------------------------- inputs
+# ------------------------------------------------------------------------------------------- inputs
 
 
 def make_plan(args):
@@ -87,14 +115,20 @@ def make_plan(args):
         k, n, d = source.shape
         kind = f"format {source.format}" if source.format else "a name of no published format"
         print(f"{split}: {source.embedding} with {source.reward.name} ({kind})")
-        print(f"{split}: axes {source.axes}: {k} responses to each of {n} prompts, {d} dimensions, {source.dtype.name}")
+        print(
+            f"{split}: axes {source.axes}: {k} responses to each of {n} prompts, {d} dimensions, {source.dtype.name}"
+        )
         if args.max_prompts and args.max_prompts > n:
-            print(f"{split}: all {n} prompts are taken; --max_prompts {args.max_prompts} is more than there are")
+            print(
+                f"{split}: all {n} prompts are taken; --max_prompts {args.max_prompts} is more than there are"
+            )
         dtype = np.dtype(source.dtype.name if args.dtype == "keep" else args.dtype)
         plan[split] = source, min(args.max_prompts or n, n), dtype
     dimensions = {split: source.shape[2] for split, (source, _, _) in plan.items()}
     if len(set(dimensions.values())) > 1:
-        raise InputError(f"expected one number of dimensions, found {dimensions}; take one --embed_model for both")
+        raise InputError(
+            f"expected one number of dimensions, found {dimensions}; take one --embed_model for both"
+        )
     return plan
 
 
@@ -109,7 +143,9 @@ def find_files(args):
     if given:
         return name_splits(args.split, list(zip(given, rewards, strict=True)))
     splits = ("train", "test") if args.split == "both" else (args.split,)
-    wanted = published.names(args.task, args.dataset, args.sft_obj, args.embed_model, args.gen_model, args.reward_model)
+    wanted = published.names(
+        args.task, args.dataset, args.sft_obj, args.embed_model, args.gen_model, args.reward_model
+    )
     files = published.files_in(args.embd_dir)
     found = {split: published.find(files, args.embd_dir, split, wanted) for split in splits}
     for split in splits:
@@ -135,26 +171,46 @@ def name_splits(split, pairs):
 
 def identity_of(plan):
     """Hash of all that the converted files depend on."""
-    return artifacts.hash_of([rewardlib.__version__, {split: what_matters(*part) for split, part in plan.items()}])
+    return artifacts.hash_of(
+        [rewardlib.__version__, {split: what_matters(*part) for split, part in plan.items()}]
+    )
 
 
 def what_matters(source, n, dtype):
-    files = {"embedding": published.fingerprint(source.embedding), "reward": published.fingerprint(source.reward)}
-    return {**files, "axes": source.axes, "reward_axes": source.reward_axes, "N": n, "dtype": dtype.name}
+    files = {
+        "embedding": published.fingerprint(source.embedding),
+        "reward": published.fingerprint(source.reward),
+    }
+    return {
+        **files,
+        "axes": source.axes,
+        "reward_axes": source.reward_axes,
+        "N": n,
+        "dtype": dtype.name,
+    }
 
 
-# ------------------------------------------------------------------------------------------------------ output folder
+# ------------------------------------------------------------------------------------ output folder
 
 
 def split_files(folder):
     """Names of the embedding and reward files in `folder`, train first and in ascending order of k."""
-    found = [(split, k) for split in ("train", "test") for k in embeddings.find_splits(folder, split)]
-    return [name for where in found for name in embeddings.file_names(*where) if (folder / name).exists()]
+    found = [
+        (split, k) for split in ("train", "test") for k in embeddings.find_splits(folder, split)
+    ]
+    return [
+        name
+        for where in found
+        for name in embeddings.file_names(*where)
+        if (folder / name).exists()
+    ]
 
 
 def is_done(folder, identity):
     manifest = artifacts.read_manifest(folder)
-    if manifest.get("identity") != identity or sorted(split_files(folder)) != sorted(manifest["files"]):
+    if manifest.get("identity") != identity or sorted(split_files(folder)) != sorted(
+        manifest["files"]
+    ):
         return False
     written = (folder / MANIFEST).stat().st_mtime_ns
     for name, told in manifest["files"].items():
@@ -184,8 +240,14 @@ def begin(folder, identity, plan):
                 f"{folder}: expected no train split beside a conversion of the test split alone, found one; convert "
                 "both at once, or choose another --output_dir"
             )
-        print(f"{folder}: {len(found)} files made by {manifest['producer']} will be replaced when all is ready")
-    if progress.get("identity") == identity and os.environ.get("FORCE", "0") != "1" and is_whole(folder, progress):
+        print(
+            f"{folder}: {len(found)} files made by {manifest['producer']} will be replaced when all is ready"
+        )
+    if (
+        progress.get("identity") == identity
+        and os.environ.get("FORCE", "0") != "1"
+        and is_whole(folder, progress)
+    ):
         print(f"going on with an earlier run: {len(progress['files'])} files are ready")
     else:
         for name in found if half_published else []:
@@ -201,8 +263,14 @@ def begin(folder, identity, plan):
 def is_whole(folder, progress):
     """True when every file that `progress` calls ready is still there: staged, or published already."""
     homes = [folder / STAGING, folder] if progress["publishing"] else [folder / STAGING]
-    paths = {name: next((h / name for h in homes if (h / name).exists()), None) for name in progress["files"]}
-    return all(path and path.stat().st_size == progress["files"][name]["bytes"] for name, path in paths.items())
+    paths = {
+        name: next((h / name for h in homes if (h / name).exists()), None)
+        for name in progress["files"]
+    }
+    return all(
+        path and path.stat().st_size == progress["files"][name]["bytes"]
+        for name, path in paths.items()
+    )
 
 
 def check_space(folder, plan, progress):
@@ -220,8 +288,8 @@ def check_space(folder, plan, progress):
 def publish(folder, plan, progress, arguments):
     """Move the finished files into place, then write the manifest.
 
-    Old files go in ascending order of k and new ones come in descending order, train last: a folder in between always
-    lacks the first train files, which the reader refuses.
+    Old files go in ascending order of k and new ones come in descending order, train last: a folder
+    in between always lacks the first train files, which the reader refuses.
     """
     staging = folder / STAGING
     progress["publishing"] = True
@@ -252,11 +320,15 @@ def publish(folder, plan, progress, arguments):
 
 
 def describe(source, n, dtype):
-    paths = {"embedding_file": str(source.embedding), "reward_file": str(source.reward), "format": source.format}
+    paths = {
+        "embedding_file": str(source.embedding),
+        "reward_file": str(source.reward),
+        "format": source.format,
+    }
     return {**paths, **what_matters(source, n, dtype)}
 
 
-# -------------------------------------------------------------------------------------------------------- conversion
+# --------------------------------------------------------------------------------------- conversion
 
 
 def stage(staging, plan, progress):
@@ -282,23 +354,30 @@ def stage(staging, plan, progress):
                 responses = range(start, min(start + group, k))
                 finished(write_embeddings(staging, split, source, responses, n, dtype, bar))
     if identity_of(plan) != progress["identity"]:
-        raise InputError("the published files changed while they were read; run the same command again")
+        raise InputError(
+            "the published files changed while they were read; run the same command again"
+        )
 
 
 def write_rewards(staging, split, source, n):
     """The reward files of a split: ({name: {"bytes", "sha256"}}, {"mean", "sd", "min", "max"} of all rewards)."""
     told, moments = {}, []
     for k in tqdm(range(source.shape[0]), desc=f"rewards {split}", leave=False, disable=None):
-        block = published.read_block(source.reward, source.reward_axes, slice(k, k + 1), slice(0, n), np.float64)
+        block = published.read_block(
+            source.reward, source.reward_axes, slice(k, k + 1), slice(0, n), np.float64
+        )
         values = block.ravel().tolist()
         path = staging / embeddings.file_names(split, k)[1]
         artifacts.write_jsonl(path, ({"reward": value} for value in values))
         if [record["reward"] for record in embeddings.read_rewards(path, n)] != values:
-            raise InputError(f"{path}: reads back other than it was written; check the disk of --output_dir")
+            raise InputError(
+                f"{path}: reads back other than it was written; check the disk of --output_dir"
+            )
         told[path.name] = artifacts.describe_file(path)
         moments.append((block.mean(), block.var(), block.min(), block.max()))
     mean, variance, low, high = np.array(moments).T
-    # all responses have n rewards, so the total variance is that within responses plus that between them
+    # all responses have n rewards, so the total variance is that within responses plus that between
+    # them
     spread = np.sqrt(variance.mean() + mean.var())
     return told, {"mean": mean.mean(), "sd": spread, "min": low.min(), "max": high.max()}
 
@@ -307,10 +386,14 @@ def write_embeddings(staging, split, source, responses, n, dtype, bar):
     """The embedding files of a range of responses, in one pass over the source: {name: {"bytes", "sha256"}}."""
     d = source.shape[2]
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (n, d)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": dtype.str, "fortran_order": False, "shape": (n, d)}
+    )
     paths = [staging / embeddings.file_names(split, k)[0] for k in responses]
     digests = [hashlib.sha256(header.getvalue()) for _ in paths]
-    step = max(1, embeddings.BLOCK_BYTES // (len(paths) * d * max(dtype.itemsize, source.dtype.itemsize)))
+    step = max(
+        1, embeddings.BLOCK_BYTES // (len(paths) * d * max(dtype.itemsize, source.dtype.itemsize))
+    )
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(artifacts.atomic(path)) for path in paths]
         for file in files:
@@ -326,7 +409,9 @@ def write_embeddings(staging, split, source, responses, n, dtype, bar):
     for path, digest in zip(paths, digests, strict=True):
         told[path.name] = artifacts.describe_file(path)
         if told[path.name]["sha256"] != digest.hexdigest():
-            raise InputError(f"{path}: reads back other than it was written; check the disk of --output_dir")
+            raise InputError(
+                f"{path}: reads back other than it was written; check the disk of --output_dir"
+            )
     return told
 
 
@@ -335,7 +420,9 @@ def report(folder):
     for split in ("train", "test"):
         if part := manifest[split]:
             rewards = ", ".join(f"{name} {value:.4g}" for name, value in part["rewards"].items())
-            print(f"{split}: K={part['K']} N={part['N']} D={part['D']} {part['dtype']}; rewards {rewards}")
+            print(
+                f"{split}: K={part['K']} N={part['N']} D={part['D']} {part['dtype']}; rewards {rewards}"
+            )
     size = sum(told["bytes"] for told in manifest["files"].values())
     print(f"{folder}: {len(manifest['files'])} files, {size:,} bytes, and {MANIFEST}")
     print(f"next: DATA_DIR={shlex.quote(str(folder))} bash run_all.sh")

@@ -1,9 +1,10 @@
 """Seeded synthetic data whose true reward is known, to see what the method does and how far it is from the best.
 
-Embedding of response k to prompt n: prompt component + response component, e_nk = p_n + r_nk, each with most of its
-variance in `latent_dim` directions. Golden reward: f(latent projection of e_nk) + prompt offset + noise, f a fixed
-two-layer tanh function of standard deviation 2. Offset and noise cannot be seen in the embedding: the noise bounds
-the ranking that any model can reach, both bound its MSE. The manifest records the truth and these bounds.
+Embedding of response k to prompt n: prompt component + response component, e_nk = p_n + r_nk, each
+with most of its variance in `latent_dim` directions. Golden reward: f(latent projection of e_nk) +
+prompt offset + noise, f a fixed two-layer tanh function of standard deviation 2. Offset and noise
+cannot be seen in the embedding: the noise bounds the ranking that any model can reach, both bound
+its MSE. The manifest records the truth and these bounds.
 
 Reads   nothing
 Writes  OUTPUT_DIR/EMBD-{TRAIN,TEST}-split_{k}.npy, rewards_{,test_}split_{k}.json, manifest.json
@@ -30,25 +31,41 @@ LATENT_SD, REST_SD = 3.0, 0.3
 
 def parse_args(argv=None):
     parser = console.parser(__doc__)
-    parser.add_argument("--n_splits", type=kinds.count, default=10, help="train responses per prompt, K")
+    parser.add_argument(
+        "--n_splits", type=kinds.count, default=10, help="train responses per prompt, K"
+    )
     parser.add_argument("--n_prompts", type=kinds.count, default=200, help="train prompts, N")
-    parser.add_argument("--n_test_splits", type=kinds.count, default=50, help="test responses per prompt")
+    parser.add_argument(
+        "--n_test_splits", type=kinds.count, default=50, help="test responses per prompt"
+    )
     parser.add_argument("--n_test_prompts", type=kinds.count, default=100, help="test prompts")
     parser.add_argument("--emb_dim", type=kinds.count, default=2048, help="embedding dimensions, D")
-    parser.add_argument("--seed", type=kinds.seed, default=42, help="of the function and of every draw")
+    parser.add_argument(
+        "--seed", type=kinds.seed, default=42, help="of the function and of every draw"
+    )
     parser.add_argument("--output_dir", default="data", help="DATA_DIR of the other steps")
     args = parser.parse_args(argv)
     if args.emb_dim < LATENT_DIM:
-        raise InputError(f"emb_dim: expected at least {LATENT_DIM}, the latent dimensions, found {args.emb_dim}")
+        raise InputError(
+            f"emb_dim: expected at least {LATENT_DIM}, the latent dimensions, found {args.emb_dim}"
+        )
     return args
 
 
 def make_room(folder):
     """Remove data that can be made again, after marking the folder unfinished; InputError where there is other data."""
-    found = sorted(path for name in ("EMBD-*-split_*.npy", "rewards_*split_*.json") for path in folder.glob(name))
+    found = sorted(
+        path
+        for name in ("EMBD-*-split_*.npy", "rewards_*split_*.json")
+        for path in folder.glob(name)
+    )
     manifest = artifacts.read_manifest(folder)
     unfinished = folder / embeddings.UNFINISHED
-    if (found or manifest) and manifest.get("producer") not in embeddings.PRODUCERS and not unfinished.exists():
+    if (
+        (found or manifest)
+        and manifest.get("producer") not in embeddings.PRODUCERS
+        and not unfinished.exists()
+    ):
         raise InputError(
             f"{folder}: expected an empty folder or data that can be made again, found "
             f"{found[0].name if found else artifacts.MANIFEST} put there by hand or by step 4; "
@@ -95,7 +112,10 @@ def write_split(args, split, n, n_responses, projection, function):
         golden[:, k] = signal[:, k] + NOISE_SD * rng.standard_normal(n)
         embedding_file, reward_file = embeddings.file_names(split, k)
         artifacts.write_npy(output_dir / embedding_file, embedding)
-        lines = (json.dumps({"reward": g, "noise_free": s}) for g, s in zip(golden[:, k], signal[:, k], strict=True))
+        lines = (
+            json.dumps({"reward": g, "noise_free": s})
+            for g, s in zip(golden[:, k], signal[:, k], strict=True)
+        )
         with artifacts.atomic(output_dir / reward_file) as file:
             file.write(("\n".join(lines) + "\n").encode())
         files += [output_dir / embedding_file, output_dir / reward_file]
@@ -147,7 +167,9 @@ def main(argv=None):
         artifacts.write_json(output_dir / artifacts.MANIFEST, manifest)
         (output_dir / embeddings.UNFINISHED).unlink()
     for split, shape in shapes.items():
-        print(f"{split}: {shape['N']} prompts x {shape['K']} responses x {shape['D']} dimensions in {output_dir}")
+        print(
+            f"{split}: {shape['N']} prompts x {shape['K']} responses x {shape['D']} dimensions in {output_dir}"
+        )
         if best[split]:
             print(
                 f"  best reachable: Spearman {best[split]['spearman']:.3f}, pairwise accuracy "

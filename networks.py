@@ -2,7 +2,8 @@
 
 from networks import MLP, BT_MLP, CLF_MLP
 
-Published code of this field keeps its MLP in networks.py; rewardlib.nets and rewardlib.models.mlp hold the code itself.
+Published code of this field keeps its MLP in networks.py; rewardlib.nets and rewardlib.models.mlp
+hold the code itself.
 """
 
 from rewardlib.models.mlp import BT_MLP, CLF_MLP

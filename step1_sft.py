@@ -31,37 +31,74 @@ STEP = "step1"
 def parse_args(argv=None):
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
-    group.add_argument("--model_name", default="gemma7b", help="gemma2b, gemma7b, llama38b, a hub id or a folder")
+    group.add_argument(
+        "--model_name", default="gemma7b", help="gemma2b, gemma7b, llama38b, a hub id or a folder"
+    )
     group.add_argument("--dataset", default="hh-rlhf-helpful-gpt4", help="what to fine-tune on")
     group.add_argument("--data_dir", default="data", help="folder of the data files")
-    group.add_argument("--max_examples", type=kinds.count_or_all, default="all", help="first rows, or all")
+    group.add_argument(
+        "--max_examples", type=kinds.count_or_all, default="all", help="first rows, or all"
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--lora_rank", type=kinds.count, default=32, help="rank of the adapter")
-    group.add_argument("--lora_alpha", type=kinds.count, default=32, help="its scale, times the rank")
     group.add_argument(
-        "--max_length", type=kinds.count, default=1024, help="tokens of a row; longer ones lose their end"
+        "--lora_alpha", type=kinds.count, default=32, help="its scale, times the rank"
+    )
+    group.add_argument(
+        "--max_length",
+        type=kinds.count,
+        default=1024,
+        help="tokens of a row; longer ones lose their end",
     )
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--learning_rate", type=kinds.positive, default=5e-5, help="peak of the schedule")
+    group.add_argument(
+        "--learning_rate", type=kinds.positive, default=5e-5, help="peak of the schedule"
+    )
     group.add_argument("--epochs", type=kinds.count, default=2, help="passes through the rows")
-    group.add_argument("--batch_size", type=kinds.count, default=8, help="rows per step and process")
-    group.add_argument("--gradient_accumulation", type=kinds.count, default=1, help="steps per update")
-    group.add_argument("--seed", type=kinds.seed, default=6, help="of the adapter's start and the order of rows")
+    group.add_argument(
+        "--batch_size", type=kinds.count, default=8, help="rows per step and process"
+    )
+    group.add_argument(
+        "--gradient_accumulation", type=kinds.count, default=1, help="steps per update"
+    )
+    group.add_argument(
+        "--seed", type=kinds.seed, default=6, help="of the adapter's start and the order of rows"
+    )
     group = parser.add_argument_group("runtime")
-    group.add_argument("--save_steps", type=kinds.count, default=500, help="updates between checkpoints")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
-    group.add_argument("--output_dir", default="sft_models", help="one folder a model and data set in it")
+    group.add_argument(
+        "--save_steps", type=kinds.count, default=500, help="updates between checkpoints"
+    )
+    group.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that the model brings"
+    )
+    group.add_argument(
+        "--output_dir", default="sft_models", help="one folder a model and data set in it"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
     examples = prompts.read_examples(args.dataset, args.data_dir)[: args.max_examples]
-    folder = artifacts.writable_dir(responses.adapter_folder(args.output_dir, args.model_name, args.dataset))
-    changes_nothing = ("debug", "model_name", "data_dir", "output_dir", "save_steps", "max_examples")
+    folder = artifacts.writable_dir(
+        responses.adapter_folder(args.output_dir, args.model_name, args.dataset)
+    )
+    changes_nothing = (
+        "debug",
+        "model_name",
+        "data_dir",
+        "output_dir",
+        "save_steps",
+        "max_examples",
+    )
     settings = {key: value for key, value in vars(args).items() if key not in changes_nothing}
-    inputs = {"model": loading.fingerprint(args.model_name), "examples": artifacts.hash_of(examples)}
-    work = responses.work_of({**settings, "processes": int(os.environ.get("WORLD_SIZE", 1))}, inputs)
+    inputs = {
+        "model": loading.fingerprint(args.model_name),
+        "examples": artifacts.hash_of(examples),
+    }
+    work = responses.work_of(
+        {**settings, "processes": int(os.environ.get("WORLD_SIZE", 1))}, inputs
+    )
     is_first = int(os.environ.get("RANK", 0)) == 0
     with artifacts.lock(folder) if is_first else contextlib.nullcontext():
         if artifacts.is_finished(folder, STEP, work):
@@ -81,7 +118,9 @@ def main(argv=None):
                 f"{args.dataset}: expected rows whose prompt fits --max_length {args.max_length}, found none"
             )
         checkpoints = keep_own_checkpoints(folder, work) if is_first else folder / "checkpoints"
-        with loading.memory_of(f"--batch_size (now {args.batch_size}) or --max_length (now {args.max_length})"):
+        with loading.memory_of(
+            f"--batch_size (now {args.batch_size}) or --max_length (now {args.max_length})"
+        ):
             trainer, loss = train(args, tokenizer, rows, checkpoints)
         if trainer.accelerator.is_main_process:
             publish(args, folder, trainer, tokenizer, {**counts, "loss": loss}, work, started)
@@ -93,7 +132,9 @@ def encode_rows(tokenizer, examples, max_length):
     Prompt and completion are tokenised apart: no token straddles the boundary, here or in step 2.
     """
     if tokenizer.eos_token_id is None:
-        raise InputError("model_name: expected a tokenizer with an end token, found none; set eos_token")
+        raise InputError(
+            "model_name: expected a tokenizer with an end token, found none; set eos_token"
+        )
     rows, counts = [], {"rows": 0, "empty": 0, "prompt_fills": 0, "truncated": 0}
     for prompt, completion in examples:
         if not completion.strip():
@@ -115,7 +156,11 @@ def keep_own_checkpoints(folder, work):
     """The checkpoint folder, emptied of other work's checkpoints and of those that were not written to their end."""
     checkpoints = folder / "checkpoints"
     mark = checkpoints / "work.json"
-    if os.environ.get("FORCE", "0") == "1" or not mark.exists() or json.loads(mark.read_text()) != work["hash"]:
+    if (
+        os.environ.get("FORCE", "0") == "1"
+        or not mark.exists()
+        or json.loads(mark.read_text()) != work["hash"]
+    ):
         shutil.rmtree(checkpoints, ignore_errors=True)
         checkpoints.mkdir()
         artifacts.write_json(mark, work["hash"])
@@ -164,7 +209,12 @@ def train(args, tokenizer, rows, checkpoints):
     )
     # after SFTConfig, which gives each process its own GPU
     model = loading.load_model("causal", args.model_name, "auto", args.trust_remote_code).train()
-    lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     trainer = SFTTrainer(
         model=model,
         args=config,

@@ -1,7 +1,8 @@
 """Step 2: sample K responses to every prompt, with vLLM on a GPU or transformers anywhere.
 
-The prompts are worked on in five parts. The text sampled for a prompt depends on the prompt, --seed and the sampling
-settings, not on the other prompts. Prompts of more than --max_prompt_tokens are dropped by id, counted and listed.
+The prompts are worked on in five parts. The text sampled for a prompt depends on the prompt, --seed
+and the sampling settings, not on the other prompts. Prompts of more than --max_prompt_tokens are
+dropped by id, counted and listed.
 
 Reads   --eval_dataset: hh-rlhf-{helpful,harmless} (DATA_DIR/NAME made by save_to_disk, or the hub), ultrafeedback,
         helpsteer (DATA_DIR/NAME_{train,test}.csv with prompt), or a .jsonl / .csv file with prompt (and id), where
@@ -31,34 +32,74 @@ SEED_SPACING = 1 << 16
 def parse_args(argv=None):
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
-    group.add_argument("--model_name", default="gemma7b", help="gemma2b, gemma7b, llama38b, a hub id or a folder")
-    group.add_argument("--adapter_name", default="sft", help="sft: step 1's on --dataset; none; or a folder")
-    group.add_argument("--dataset", default="hh-rlhf-helpful-gpt4", help="what the model was fine-tuned on")
-    group.add_argument("--eval_dataset", help="where the prompts come from; None: as --dataset, without -gpt4")
-    group.add_argument("--data_class", choices=("train", "test"), default="train", help="which prompts")
-    group.add_argument("--split", choices=("0", "1", "2", "3", "4", "all"), default="all", help="part of the prompts")
-    group.add_argument("--max_prompts", type=kinds.count_or_all, default="all", help="first prompts that fit, or all")
-    group.add_argument("--max_prompt_tokens", type=kinds.count, default=450, help="longer prompts are dropped")
+    group.add_argument(
+        "--model_name", default="gemma7b", help="gemma2b, gemma7b, llama38b, a hub id or a folder"
+    )
+    group.add_argument(
+        "--adapter_name", default="sft", help="sft: step 1's on --dataset; none; or a folder"
+    )
+    group.add_argument(
+        "--dataset", default="hh-rlhf-helpful-gpt4", help="what the model was fine-tuned on"
+    )
+    group.add_argument(
+        "--eval_dataset", help="where the prompts come from; None: as --dataset, without -gpt4"
+    )
+    group.add_argument(
+        "--data_class", choices=("train", "test"), default="train", help="which prompts"
+    )
+    group.add_argument(
+        "--split",
+        choices=("0", "1", "2", "3", "4", "all"),
+        default="all",
+        help="part of the prompts",
+    )
+    group.add_argument(
+        "--max_prompts",
+        type=kinds.count_or_all,
+        default="all",
+        help="first prompts that fit, or all",
+    )
+    group.add_argument(
+        "--max_prompt_tokens", type=kinds.count, default=450, help="longer prompts are dropped"
+    )
     group.add_argument("--data_dir", default="data", help="folder of the prompt files")
     group.add_argument("--sft_dir", default="sft_models", help="OUTPUT_DIR of step 1")
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--n_samples", type=kinds.count, help="responses per prompt, K; None: 10 for train, 500 for test"
+        "--n_samples",
+        type=kinds.count,
+        help="responses per prompt, K; None: 10 for train, 500 for test",
     )
     group.add_argument("--max_len", type=kinds.count, default=128, help="most tokens of a response")
-    group.add_argument("--temperature", type=kinds.finite, default=1.0, help="0: the likeliest token each time")
-    group.add_argument("--top_p", type=kinds.positive, default=0.95, help="share of the probability to sample from")
+    group.add_argument(
+        "--temperature", type=kinds.finite, default=1.0, help="0: the likeliest token each time"
+    )
+    group.add_argument(
+        "--top_p", type=kinds.positive, default=0.95, help="share of the probability to sample from"
+    )
     group.add_argument("--seed", type=kinds.seed, default=6, help="of every prompt's own stream")
     group = parser.add_argument_group("runtime")
     group.add_argument(
-        "--backend", choices=("auto", "vllm", "transformers"), default="auto", help="auto: vllm on a GPU"
+        "--backend",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        help="auto: vllm on a GPU",
     )
     group.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="bfloat16 on a GPU"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="bfloat16 on a GPU",
     )
-    group.add_argument("--tensor_parallel", type=kinds.count, default=1, help="GPUs that share the model (vllm)")
-    group.add_argument("--gpu_memory_utilization", type=kinds.positive, default=0.9, help="share for vllm")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
+    group.add_argument(
+        "--tensor_parallel", type=kinds.count, default=1, help="GPUs that share the model (vllm)"
+    )
+    group.add_argument(
+        "--gpu_memory_utilization", type=kinds.positive, default=0.9, help="share for vllm"
+    )
+    group.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that the model brings"
+    )
     group.add_argument("--output_dir", default="gen_data", help="GEN_DIR of the next steps")
     args = parser.parse_args(argv)
     args.eval_dataset = args.eval_dataset or prompts.default_prompts(args.dataset)
@@ -68,7 +109,9 @@ def parse_args(argv=None):
             f"expected --temperature of at least 0 and --top_p of at most 1, found {args.temperature} and {args.top_p}"
         )
     if args.temperature == 0 and args.n_samples > 1:
-        raise InputError(f"temperature 0 gives one response: expected --n_samples 1, found {args.n_samples}")
+        raise InputError(
+            f"temperature 0 gives one response: expected --n_samples 1, found {args.n_samples}"
+        )
     return args
 
 
@@ -87,7 +130,9 @@ def main(argv=None):
     settings["dtype"] = str(loading.torch_dtype(args.dtype))
     inputs = {"model": loading.fingerprint(args.model_name)}
     inputs["adapter"] = loading.fingerprint(adapter) if adapter else None
-    folder = responses.run_folder(args.output_dir, args.eval_dataset, args.model_name, args.adapter_name, args.dataset)
+    folder = responses.run_folder(
+        args.output_dir, args.eval_dataset, args.model_name, args.adapter_name, args.dataset
+    )
     sample_all = None
     for part in responses.parts_named(args.split):
         part_dir = artifacts.writable_dir(responses.part_folder(folder, args.data_class, part))
@@ -131,7 +176,9 @@ def choose_backend(name):
 
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
-        raise InputError("backend vllm: expected the package vllm, found none; install it or --backend transformers")
+        raise InputError(
+            "backend vllm: expected the package vllm, found none; install it or --backend transformers"
+        )
     if name != "auto":
         return name
     return "vllm" if installed and loading.device() == "cuda" else "transformers"
@@ -142,7 +189,9 @@ def find_adapter(args):
         return None
     if args.adapter_name != "sft":
         if not (Path(args.adapter_name) / "adapter_config.json").is_file():
-            raise InputError(f"adapter_name {args.adapter_name}: expected sft, none or a folder with a LoRA adapter")
+            raise InputError(
+                f"adapter_name {args.adapter_name}: expected sft, none or a folder with a LoRA adapter"
+            )
         return Path(args.adapter_name)
     folder = responses.adapter_folder(args.sft_dir, args.model_name, args.dataset)
     told = artifacts.read_manifest(folder).get("step1", {"outputs": {}})
@@ -190,7 +239,9 @@ def open_backend(args, backend, tokenizer, adapter):
             args.seed,
             args.trust_remote_code,
         )
-    model = loading.load_model("causal", args.model_name, args.dtype, args.trust_remote_code, adapter)
+    model = loading.load_model(
+        "causal", args.model_name, args.dtype, args.trust_remote_code, adapter
+    )
 
     def sample_all(ids, prompt_seeds, *settings):
         pairs = tqdm(list(zip(ids, prompt_seeds, strict=True)), desc="prompts", disable=None)

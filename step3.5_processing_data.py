@@ -1,6 +1,7 @@
 """Step 3.5: join the parts into one record per (prompt, response), in generation order, ranked within its prompt.
 
-Refuses missing parts, another K, rewards of other texts. The rank is a column: nothing is sorted by it.
+Refuses missing parts, another K, rewards of other texts. The rank is a column: nothing is sorted by
+it.
 
 Reads   GEN_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{0-4}/responses.jsonl and rewards_{rm}.jsonl
 Writes  GEN_DIR/{prompts}_{model}_{adapter}/records_{rm}_{train,test}.jsonl   id, k, query, response, reward, rank, text
@@ -21,8 +22,12 @@ from rewardlib.llm import responses
 def parse_args(argv=None):
     parser = console.parser(__doc__)
     flags.add_generated_flags(parser)
-    parser.add_argument("--data_class", choices=("train", "test"), default="train", help="which prompts")
-    parser.add_argument("--n_samples", type=kinds.count, help="expected responses per prompt; None: as step 2 made")
+    parser.add_argument(
+        "--data_class", choices=("train", "test"), default="train", help="which prompts"
+    )
+    parser.add_argument(
+        "--n_samples", type=kinds.count, help="expected responses per prompt; None: as step 2 made"
+    )
     parser.add_argument("--gen_dir", default="gen_data", help="OUTPUT_DIR of step 2")
     return flags.name_sources(parser.parse_args(argv))
 
@@ -33,7 +38,9 @@ def main(argv=None):
         args.gen_dir, args.eval_dataset, args.gen_pref_model_name, args.adapter_name, args.dataset
     )
     rm = responses.label(args.reward_model)
-    parts = [responses.part_folder(folder, args.data_class, part) for part in range(responses.PARTS)]
+    parts = [
+        responses.part_folder(folder, args.data_class, part) for part in range(responses.PARTS)
+    ]
     n_samples, about, inputs = check_parts(args, parts, rm)
     work = responses.work_of({"n_samples": n_samples}, inputs)
     name, entry = f"records_{rm}_{args.data_class}.jsonl", f"step3.5 {rm} {args.data_class}"
@@ -48,12 +55,16 @@ def main(argv=None):
             for part in parts:
                 for record in responses.join(part, rm):
                     if record["k"] == 0 and seen.setdefault(record["id"], part) != part:
-                        raise InputError(f"{part}: expected each prompt in one part, found {record['id']} in two")
+                        raise InputError(
+                            f"{part}: expected each prompt in one part, found {record['id']} in two"
+                        )
                     rewards.append(record["reward"])
                     empty += not record["response"].strip()
                     yield record
             if len(seen) != about["n_kept"]:
-                raise InputError(f"{folder}: expected {about['n_kept']} prompts, found {len(seen)}; run step 2 again")
+                raise InputError(
+                    f"{folder}: expected {about['n_kept']} prompts, found {len(seen)}; run step 2 again"
+                )
 
         artifacts.write_jsonl(folder / name, records())
         artifacts.record(folder, entry, work, [name], started)
@@ -70,11 +81,21 @@ def check_parts(args, parts, rm):
     """(K, record of the prompts, {part: digests}) of parts that are all there and agree."""
     found, abouts, inputs = {}, [], {}
     for part in parts:
-        told = responses.finished(part, "step2", ["prompts.json"], f"step2_gen_sample.py --split {part.name[-1]}")
-        scored = responses.finished(part, f"step3 {rm}", [], f"step3_reward_annotation.py --split {part.name[-1]}")
+        told = responses.finished(
+            part, "step2", ["prompts.json"], f"step2_gen_sample.py --split {part.name[-1]}"
+        )
+        scored = responses.finished(
+            part, f"step3 {rm}", [], f"step3_reward_annotation.py --split {part.name[-1]}"
+        )
         settings = {key: value for key, value in told["arguments"].items() if key != "n_samples"}
         source = {key: value for key, value in told["inputs"].items() if key != "prompts"}
-        found[part.name] = (told["arguments"]["n_samples"], settings, source, scored["arguments"], _scorer(scored))
+        found[part.name] = (
+            told["arguments"]["n_samples"],
+            settings,
+            source,
+            scored["arguments"],
+            _scorer(scored),
+        )
         abouts.append(artifacts.read_json(part / "prompts.json", "step 2"))
         inputs[part.name] = [told["outputs"]["responses.jsonl"]["sha256"], scored["hash"]]
     first = parts[0].name
@@ -87,7 +108,9 @@ def check_parts(args, parts, rm):
                     f"{str(value)[:80]}; run that part again with the same settings"
                 )
     if any(about != abouts[0] for about in abouts):
-        raise InputError(f"{parts[0].parent}: expected parts of one set of prompts, found several; run step 2 again")
+        raise InputError(
+            f"{parts[0].parent}: expected parts of one set of prompts, found several; run step 2 again"
+        )
     if args.n_samples and args.n_samples != found[first][0]:
         raise InputError(
             f"{parts[0]}: expected {args.n_samples} responses a prompt, found {found[first][0]}; run step 2 again or "

@@ -1,6 +1,7 @@
 """Step 3: score every response with the golden reward model.
 
-A response is cut at the next turn of the human; that text is scored here, kept by step 3.5 and embedded by step 4.
+A response is cut at the next turn of the human; that text is scored here, kept by step 3.5 and
+embedded by step 4.
 
 Reads   GEN_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{p}/responses.jsonl
 Writes  GEN_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{p}/rewards_{rm}.jsonl   id, K rewards, digests of K texts
@@ -20,8 +21,15 @@ def parse_args(argv=None):
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
     flags.add_generated_flags(group)
-    group.add_argument("--data_class", choices=("train", "test"), default="train", help="which prompts")
-    group.add_argument("--split", choices=("0", "1", "2", "3", "4", "all"), default="all", help="part of the prompts")
+    group.add_argument(
+        "--data_class", choices=("train", "test"), default="train", help="which prompts"
+    )
+    group.add_argument(
+        "--split",
+        choices=("0", "1", "2", "3", "4", "all"),
+        default="all",
+        help="part of the prompts",
+    )
     group = parser.add_argument_group("golden reward model")
     group.add_argument(
         "--text_format",
@@ -29,13 +37,22 @@ def parse_args(argv=None):
         default="auto",
         help="how the reward model reads a dialogue; auto: by its chat template, where it has one",
     )
-    group.add_argument("--max_length", type=kinds.count, default=1024, help="most tokens of prompt and response")
+    group.add_argument(
+        "--max_length", type=kinds.count, default=1024, help="most tokens of prompt and response"
+    )
     group = parser.add_argument_group("runtime")
     group.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="bfloat16 on a GPU"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="bfloat16 on a GPU",
     )
-    group.add_argument("--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, with padding")
-    group.add_argument("--trust_remote_code", action="store_true", help="run code that the model brings")
+    group.add_argument(
+        "--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, with padding"
+    )
+    group.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that the model brings"
+    )
     group.add_argument("--gen_dir", default="gen_data", help="OUTPUT_DIR of step 2")
     return flags.name_sources(parser.parse_args(argv))
 
@@ -64,21 +81,27 @@ def main(argv=None):
             started = time.time()
             if model is None:
                 tokenizer = loading.load_tokenizer(args.reward_model, args.trust_remote_code)
-                model = loading.load_model("reward", args.reward_model, args.dtype, args.trust_remote_code)
+                model = loading.load_model(
+                    "reward", args.reward_model, args.dtype, args.trust_remote_code
+                )
             with loading.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
                 rewards = score_rows(args, model, tokenizer, rows, part_dir, f"part {part}")
             made = [
                 {
                     "id": row["id"],
                     "rewards": rewards[n * k : (n + 1) * k],
-                    "texts": [responses.text_digest(row["query"], text) for text in row["responses"]],
+                    "texts": [
+                        responses.text_digest(row["query"], text) for text in row["responses"]
+                    ],
                 }
                 for n, row in enumerate(rows)
             ]
             artifacts.write_jsonl(part_dir / f"rewards_{name}.jsonl", made)
             artifacts.record(part_dir, f"step3 {name}", work, [f"rewards_{name}.jsonl"], started)
             mean = sum(rewards) / max(1, len(rewards))
-            print(f"step3: part {part}: {len(rewards)} responses scored, mean {mean:.4f}, in {part_dir}")
+            print(
+                f"step3: part {part}: {len(rewards)} responses scored, mean {mean:.4f}, in {part_dir}"
+            )
     print("step3: done; next: step3.5_processing_data.py")
 
 
@@ -88,18 +111,28 @@ def score_rows(args, model, tokenizer, rows, part_dir, desc):
         return []
     pad_id = loading.padding_token(tokenizer, args.reward_model)
     if not hasattr(model, "score") and tokenizer.pad_token_id is None:
-        raise InputError(f"{args.reward_model}: expected a tokenizer with a pad token, found none; set pad_token")
-    chat = bool(tokenizer.chat_template) if args.text_format == "auto" else args.text_format == "chat"
+        raise InputError(
+            f"{args.reward_model}: expected a tokenizer with a pad token, found none; set pad_token"
+        )
+    chat = (
+        bool(tokenizer.chat_template) if args.text_format == "auto" else args.text_format == "chat"
+    )
     if chat and not tokenizer.chat_template:
-        raise InputError(f"{args.reward_model}: expected a chat template, found none; use --text_format plain")
+        raise InputError(
+            f"{args.reward_model}: expected a chat template, found none; use --text_format plain"
+        )
     ids = [
-        reward_ids(tokenizer, row["query"], text, chat, args.reward_model) for row in rows for text in row["responses"]
+        reward_ids(tokenizer, row["query"], text, chat, args.reward_model)
+        for row in rows
+        for text in row["responses"]
     ]
     encoding.refuse_long(ids, args.max_length, model, part_dir)
     rewards = encoding.score(model, ids, pad_id, args.batch_tokens, desc=desc).tolist()
     bad = sum(reward != reward or abs(reward) == float("inf") for reward in rewards)
     if bad:
-        raise InputError(f"{args.reward_model}: expected finite rewards, found {bad} that are not; use --dtype float32")
+        raise InputError(
+            f"{args.reward_model}: expected finite rewards, found {bad} that are not; use --dtype float32"
+        )
     return rewards
 
 
@@ -107,7 +140,9 @@ def reward_ids(tokenizer, query, response, chat, name):
     """Token ids of the dialogue as the reward model reads it."""
     if not chat:
         return tokenizer(query + response)["input_ids"]
-    with loading.fetching(name, "a chat template that takes this dialogue (or --text_format plain)"):
+    with loading.fetching(
+        name, "a chat template that takes this dialogue (or --text_format plain)"
+    ):
         text = tokenizer.apply_chat_template(prompts.messages(query, response), tokenize=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -1,10 +1,12 @@
 """Step 5: train an ensemble of order-consistent reward models on noisy preference pairs.
 
-Prompts are split once, 60 / 20 / 20, into calibration, student-train and held-out prompts. Pairs are drawn from
-student-train prompts first, then from calibration prompts, never from held-out ones, and labelled by an annotator of
-known noise. The prompts of the pairs form five folds; member i validates on fold i mod 5 and trains on the others.
+Prompts are split once, 60 / 20 / 20, into calibration, student-train and held-out prompts. Pairs
+are drawn from student-train prompts first, then from calibration prompts, never from held-out ones,
+and labelled by an annotator of known noise. The prompts of the pairs form five folds; member i
+validates on fold i mod 5 and trains on the others.
 
-With --pairs FILE the pairs are recorded choices of people: split 60 / 20 / 20 into train, calibration and held-out.
+With --pairs FILE the pairs are recorded choices of people: split 60 / 20 / 20 into train,
+calibration and held-out.
 
 Reads   DATA_DIR/EMBD-TRAIN-split_{k}.npy, rewards_split_{k}.json; or the pairs of --pairs
 Writes  OUTPUT_DIR/{X,Same}Prompt_mlp_{bt|clf}_{i}_....ckpt and .json   one member: plain state_dict, its training log
@@ -60,7 +62,9 @@ def main(argv=None):
             print(f"step5: replacing earlier reward models: {change}")
         started = time.time()
 
-        prompts = run_record.choose_prompts(split, settings["n_sample"], seeds.rng(args.seed, "orm prompts"))
+        prompts = run_record.choose_prompts(
+            split, settings["n_sample"], seeds.rng(args.seed, "orm prompts")
+        )
         n_folds = max(2, min(run_record.FOLDS, len(prompts) // 4))
         folds = splits.assign_folds(train.groups[prompts], n_folds, seeds.rng(args.seed, "folds"))
         fit_prompts = np.concatenate([split["calibration"], split["student_train"]])
@@ -87,10 +91,14 @@ def main(argv=None):
         else:
             rows = train.take(*places)
         ratings = train.rewards[places] if args.rm_objective == "regression" else None
-        records = train_members(args, settings, work, drawn, rows, index.reshape(-1, 2), n_folds, output_dir, ratings)
+        records = train_members(
+            args, settings, work, drawn, rows, index.reshape(-1, 2), n_folds, output_dir, ratings
+        )
 
         stem = run_record.stem(settings, settings["n_sample"])
-        centre, spread = scoring.scale_of([output_dir / r["file"] for r in records], train, fit_prompts, dtype)
+        centre, spread = scoring.scale_of(
+            [output_dir / r["file"] for r in records], train, fit_prompts, dtype
+        )
         sides = np.stack([prompts[drawn.prompts], drawn.responses], -1).reshape(-1, 4)
         arrays = {
             f"pairs_{stem}.npy": np.column_stack([sides, drawn.labels]).astype(np.int32),
@@ -111,7 +119,9 @@ def main(argv=None):
                 "n": len(drawn.labels),
                 "n_equal_rewards_left_out": drawn.n_equal,
                 "label_error": drawn.label_error,
-                "expected_label_error": float(np.minimum(drawn.probability, 1 - drawn.probability).mean()),
+                "expected_label_error": float(
+                    np.minimum(drawn.probability, 1 - drawn.probability).mean()
+                ),
                 "annotation_quality": args.annotation_quality,
                 "reward_scale": float(reward_scale),
                 "between_prompt_share": between,
@@ -119,7 +129,13 @@ def main(argv=None):
         }
         record_name = f"orm_{stem}.json"
         artifacts.write_json(output_dir / record_name, record)
-        outputs = [*arrays, "training_log.jsonl", record_name, splits.FILE, *(r["file"] for r in records)]
+        outputs = [
+            *arrays,
+            "training_log.jsonl",
+            record_name,
+            splits.FILE,
+            *(r["file"] for r in records),
+        ]
         artifacts.record(output_dir, "step5", {**work, "record": record_name}, outputs, started)
         report_members(records, output_dir, record_name)
 
@@ -133,7 +149,9 @@ def train_members(args, settings, work, drawn, rows, index, n_folds, output_dir,
     member_settings = {key: value for key, value in settings.items() if key != "ensemble_number"}
     for member in range(args.ensemble_number):
         name = run_record.stem(settings, settings["n_sample"], member)
-        member_work = artifacts.identity(__file__, {**member_settings, "member": member}, work["inputs"])
+        member_work = artifacts.identity(
+            __file__, {**member_settings, "member": member}, work["inputs"]
+        )
         if artifacts.is_finished(output_dir, name, member_work):
             continue
         held = drawn.folds == member % n_folds
@@ -150,14 +168,21 @@ def train_members(args, settings, work, drawn, rows, index, n_folds, output_dir,
     batch_size = args.batch_size or default_batch_size(len(drawn.labels) * (n_folds - 1) // n_folds)
     training = Training(args.training_epochs, args.learning_rate, batch_size)
     if args.rm_model == "mlp":
-        print(f"step5: computing in {settings['precision']} on {mlp.torch.get_num_threads()} threads")
-        trained = train_ensemble(rows, index, drawn.labels, jobs, args.rm_objective, training, args.hidden)
+        print(
+            f"step5: computing in {settings['precision']} on {mlp.torch.get_num_threads()} threads"
+        )
+        trained = train_ensemble(
+            rows, index, drawn.labels, jobs, args.rm_objective, training, args.hidden
+        )
     else:
         kind = registry.model_class(args.rm_model, args.rm_objective)
         trained = registry.fit_members(kind, rows, index, drawn.labels, drawn.folds, jobs, ratings)
     waiting, started = iter(todo), time.time()
     with tqdm(total=len(todo), desc="members", disable=None) as bar:
-        for model, log in trained:  # neither zip nor tqdm: they would hold a model while the next one is trained
+        for (
+            model,
+            log,
+        ) in trained:  # neither zip nor tqdm: they would hold a model while the next one is trained
             member, name, member_work = next(waiting)
             path = model_files.save(output_dir / name, model)
             del model
@@ -173,7 +198,10 @@ def train_members(args, settings, work, drawn, rows, index, n_folds, output_dir,
             artifacts.record(output_dir, name, member_work, [path.name, f"{name}.json"], started)
             bar.update()
             started = time.time()
-    stems = [run_record.stem(settings, settings["n_sample"], member) for member in range(args.ensemble_number)]
+    stems = [
+        run_record.stem(settings, settings["n_sample"], member)
+        for member in range(args.ensemble_number)
+    ]
     return [artifacts.read_json(output_dir / f"{name}.json", "step 5") for name in stems]
 
 
@@ -181,7 +209,9 @@ def train_on_recorded(args, settings, output_dir):
     """Train members on the train pairs of --pairs."""
 
     if args.rm_objective == "regression":
-        raise InputError("rm_objective regression: expected golden rewards, found --pairs; choose bt or clf")
+        raise InputError(
+            "rm_objective regression: expected golden rewards, found --pairs; choose bt or clf"
+        )
     data = pair_files.load(args.pairs)
     settings = recorded.run_settings(settings, data)
     work = artifacts.identity(__file__, settings, data.responses.digests)
@@ -199,7 +229,9 @@ def train_on_recorded(args, settings, output_dir):
     sizes = ", ".join(f"{len(rows)} {role}" for role, rows in roles.items())
     print(f"step5: {sizes} pairs; training on {len(drawn.labels)}, ties left out")
     recorded.save_split(output_dir, roles, args.seed)
-    records = train_members(args, settings, work, drawn, drawn.rows, drawn.index, drawn.n_folds, output_dir)
+    records = train_members(
+        args, settings, work, drawn, drawn.rows, drawn.index, drawn.n_folds, output_dir
+    )
     log = [{"member": r["member"], **epoch} for r in records for epoch in r["log"]]
     artifacts.write_jsonl(output_dir / "training_log.jsonl", log)
     record = {
@@ -230,9 +262,14 @@ def report_members(records, output_dir, record_name):
     print("member  best epoch  validation loss  validation accuracy")
     for r in records:
         best = r["log"][r["best_epoch"] - 1]
-        loss, accuracy = best.get("validation_loss", np.nan), best.get("validation_accuracy", np.nan)
+        loss, accuracy = (
+            best.get("validation_loss", np.nan),
+            best.get("validation_accuracy", np.nan),
+        )
         print(f"{r['member']:6d}  {r['best_epoch']:10d}  {loss:15.4f}  {accuracy:19.3f}")
-    print(f"step5: wrote {len(records)} members and {record_name} to {output_dir}; next: step6_eval_rms.py")
+    print(
+        f"step5: wrote {len(records)} members and {record_name} to {output_dir}; next: step6_eval_rms.py"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Step 6: how well the reward models rank the responses of prompts they have never seen.
 
-Every member and the aggregations mean, min (worst case), uwo (uncertainty-weighted) and first, on the held-out
-prompts and on the test set where there is one, beside the baselines: a random scorer, one constant, response length
-where it is known, and a linear Bradley-Terry probe fitted to the same pairs.
+Every member and the aggregations mean, min (worst case), uwo (uncertainty-weighted) and first, on
+the held-out prompts and on the test set where there is one, beside the baselines: a random scorer,
+one constant, response length where it is known, and a linear Bradley-Terry probe fitted to the same
+pairs.
 
-With --pairs FILE: how often the reward models agree with the recorded choices of held-out pairs, by subset, and how
-well sigmoid(score difference) is calibrated, before and after a temperature and an isotonic map from calibration pairs.
+With --pairs FILE: how often the reward models agree with the recorded choices of held-out pairs, by
+subset, and how well sigmoid(score difference) is calibrated, before and after a temperature and an
+isotonic map from calibration pairs.
 
 Reads   what step 5 wrote to OUTPUT_DIR, DATA_DIR; or the pairs of --pairs
 Writes  OUTPUT_DIR/eval_results_....json   all metrics with 95 % intervals over prompts
@@ -50,7 +52,10 @@ def main(argv=None):
         stem = run_record.stem(settings, settings["n_sample"])
         files = [member["file"] for member in record["members"]]
         inputs = {**train.digests, **(test.digests if test else {})}
-        inputs |= {name: artifacts.sha256(output_dir / name) for name in (splits.FILE, f"pairs_{stem}.npy", *files)}
+        inputs |= {
+            name: artifacts.sha256(output_dir / name)
+            for name in (splits.FILE, f"pairs_{stem}.npy", *files)
+        }
         work = artifacts.identity(__file__, settings, inputs)
         if artifacts.is_finished(output_dir, "step6", work):
             print(f"step6: already done in {output_dir} (FORCE=1 redoes it)")
@@ -60,7 +65,9 @@ def main(argv=None):
         fit_prompts = np.concatenate([split["calibration"], split["student_train"]])
         pairs = np.load(output_dir / f"pairs_{stem}.npy")
         probe = fit_probe(train, record, pairs)
-        ensemble = scoring.load_members(output_dir, record, train.shape[2], mlp.TYPES[settings["precision"]])
+        ensemble = scoring.load_members(
+            output_dir, record, train.shape[2], mlp.TYPES[settings["precision"]]
+        )
         constant = float(train.rewards[fit_prompts].mean())
         results = {"settings": settings, "pairs": record["pairs"], "n_members": len(files)}
         sets = {"held_out": (train, split["held_out"])}
@@ -73,7 +80,9 @@ def main(argv=None):
             outputs.append(f"scores_{name}.npy")
             artifacts.write_npy(output_dir / outputs[-1], scores)
             scores = scores.astype(float)
-            weights = intervals.resample_weights(len(prompts), seeds.rng(args.seed, "resample", name))
+            weights = intervals.resample_weights(
+                len(prompts), seeds.rng(args.seed, "resample", name)
+            )
             golden = data.rewards[prompts]
             results[name] = {
                 "n_prompts": len(prompts),
@@ -83,7 +92,9 @@ def main(argv=None):
                     for kind, values in aggregation.aggregate(scores).items()
                 },
                 "members": [ranking.ranking_metrics(member, golden, weights) for member in scores],
-                "baselines": baselines.evaluate(data, prompts, raw[-1].astype(float), constant, args.seed, weights),
+                "baselines": baselines.evaluate(
+                    data, prompts, raw[-1].astype(float), constant, args.seed, weights
+                ),
             }
             report(name, results[name], record["pairs"]["label_error"])
         results["test"] = results.get("test")
@@ -108,7 +119,9 @@ def evaluate_on_recorded(args, settings, output_dir):
         return
     started = time.time()
     dtype = mlp.TYPES[settings["precision"]]
-    ensemble = scoring.load([output_dir / file for file in files], data.responses, roles["train"], dtype)
+    ensemble = scoring.load(
+        [output_dir / file for file in files], data.responses, roles["train"], dtype
+    )
     pairs = recorded.draw(data, roles["train"], args.seed)
     results = recorded.evaluate(ensemble, pairs, data, roles, args.seed)
     scale = {"files": files, "centre": ensemble.centre, "spread": ensemble.spread}
@@ -147,7 +160,10 @@ def report(name, result, label_error):
     print(f"{'':24}{'Spearman':>23}{'pair accuracy':>23}{'selected quantile':>23}")
     members = {f"member {i}": row for i, row in enumerate(result["members"])}
     for label, row in {**members, **result["aggregations"], **result["baselines"]}.items():
-        print(f"  {label:22}" + "".join(f"{tables.with_interval(row, column):>23}" for column in COLUMNS))
+        print(
+            f"  {label:22}"
+            + "".join(f"{tables.with_interval(row, column):>23}" for column in COLUMNS)
+        )
 
 
 if __name__ == "__main__":

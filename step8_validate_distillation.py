@@ -1,8 +1,9 @@
 """Step 8: the four variants side by side on held-out prompts, and on the test set where there is one.
 
-Teacher ORM, Teacher + Isotonic, Student, Student + Isotonic: Spearman, pairwise accuracy, best-of-n; MSE, R2 and
-reliability for the three that have a unit; intervals over prompts; paired differences to the teacher; a few examples.
-Refuses when the manifests and records of steps 5 and 7 do not prove that held-out prompts entered no fit.
+Teacher ORM, Teacher + Isotonic, Student, Student + Isotonic: Spearman, pairwise accuracy,
+best-of-n; MSE, R2 and reliability for the three that have a unit; intervals over prompts; paired
+differences to the teacher; a few examples. Refuses when the manifests and records of steps 5 and 7
+do not prove that held-out prompts entered no fit.
 
 Reads   what steps 5 to 7 wrote to OUTPUT_DIR, DATA_DIR
 Writes  OUTPUT_DIR/validation_results.json
@@ -59,12 +60,18 @@ def main(argv=None):
         paths = [output_dir / member["file"] for member in config["teacher"]["members"]]
         for path, member in zip(paths, config["teacher"]["members"], strict=True):
             if not path.is_file() or artifacts.sha256(path) != member["sha256"]:
-                raise InputError(f"{path} is not the teacher that step 7 distilled; run step 7 again")
+                raise InputError(
+                    f"{path} is not the teacher that step 7 distilled; run step 7 again"
+                )
         dtype = mlp.TYPES[settings["precision"]]
-        own_members = [m["file"] for m in config["teacher"]["members"]] == [r["file"] for r in record["members"]]
+        own_members = [m["file"] for m in config["teacher"]["members"]] == [
+            r["file"] for r in record["members"]
+        ]
         teacher = None if own_members else scoring.load(paths, train, fit_prompts, dtype)
         student = model_files.load_mlp(output_dir / config["student"]["file"], train.shape[2])
-        maps = [calibration.load(output_dir, f"isotonic_{name}_map") for name in ("teacher", "student")]
+        maps = [
+            calibration.load(output_dir, f"isotonic_{name}_map") for name in ("teacher", "student")
+        ]
         rankings = artifacts.read_json(output_dir / evaluated[0], "step 6")
 
         sets = {"held_out": (train, split["held_out"])}
@@ -81,7 +88,9 @@ def main(argv=None):
             predictions = dict(zip(variants.VARIANTS, values, strict=True))
             golden = data.rewards[prompts]
             on_scale = variants.apply_target(golden, config["target"])
-            weights = intervals.resample_weights(len(prompts), seeds.rng(args.seed, "resample", name))
+            weights = intervals.resample_weights(
+                len(prompts), seeds.rng(args.seed, "resample", name)
+            )
             blocks[name] = variants.validate(predictions, golden, on_scale, weights) | {
                 "n_prompts": len(prompts),
                 "n_responses": data.shape[1],
@@ -115,7 +124,11 @@ def main(argv=None):
 def check_settings(config, settings, distillation, output_dir):
     """InputError unless step 7 distilled with these very settings."""
     told = {**config["settings"], **config["distillation"]}
-    different = [f"{k} {told.get(k)!r}, not {v!r}" for k, v in {**settings, **distillation}.items() if told.get(k) != v]
+    different = [
+        f"{k} {told.get(k)!r}, not {v!r}"
+        for k, v in {**settings, **distillation}.items()
+        if told.get(k) != v
+    ]
     if different:
         raise InputError(
             f"{output_dir}: expected a student of these settings, found {'; '.join(different)}; "
@@ -125,19 +138,31 @@ def check_settings(config, settings, distillation, output_dir):
 
 def find_evaluation(output_dir, settings, record, train, test):
     """Names of the files of step 6, results first; InputError unless it evaluated these models on these data."""
-    entry = artifacts.read_manifest(output_dir).get("step6", {"arguments": {}, "inputs": {}, "outputs": {}})
+    entry = artifacts.read_manifest(output_dir).get(
+        "step6", {"arguments": {}, "inputs": {}, "outputs": {}}
+    )
     stem = run_record.stem(settings, settings["n_sample"])
-    names = [f"eval_results_{stem}.json", "scores_held_out.npy", *(["scores_test.npy"] if test else [])]
+    names = [
+        f"eval_results_{stem}.json",
+        "scores_held_out.npy",
+        *(["scores_test.npy"] if test else []),
+    ]
     expected = {**train.digests, **(test.digests if test else {})}
     read = (splits.FILE, f"pairs_{stem}.npy", *(member["file"] for member in record["members"]))
     expected |= {name: artifacts.sha256(output_dir / name) for name in read}
-    same = entry["arguments"] == settings and all(entry["inputs"].get(k) == v for k, v in expected.items())
+    same = entry["arguments"] == settings and all(
+        entry["inputs"].get(k) == v for k, v in expected.items()
+    )
     told = entry["outputs"]
     kept = (
-        (output_dir / name).is_file() and artifacts.describe_file(output_dir / name) == told.get(name) for name in names
+        (output_dir / name).is_file()
+        and artifacts.describe_file(output_dir / name) == told.get(name)
+        for name in names
     )
     if not (same and all(kept)):
-        raise InputError(f"{output_dir}: no evaluation of these settings and data found; run step 6 first")
+        raise InputError(
+            f"{output_dir}: no evaluation of these settings and data found; run step 6 first"
+        )
     return names
 
 
@@ -145,22 +170,35 @@ def report(results):
     report_block("held-out", results)
     if results["test"]:
         report_block("test", results["test"])
-    print(f"no held-out prompt entered a fit ({results['no_leakage']['files_checked']} files checked)")
+    print(
+        f"no held-out prompt entered a fit ({results['no_leakage']['files_checked']} files checked)"
+    )
 
 
 def report_block(name, block):
     sizes = list(block["golden_best_of_n"])
     top = sizes[min(len(sizes), 4) - 1]
-    print(f"{name}: {block['n_prompts']} prompts x {block['n_responses']} responses; mean over prompts [95 % interval]")
+    print(
+        f"{name}: {block['n_prompts']} prompts x {block['n_responses']} responses; mean over prompts [95 % interval]"
+    )
     if undefined := block["Teacher ORM"]["n_prompts_without_pair_accuracy"]:
         print(
             f"  ranking is undefined for {undefined} prompts, whose golden rewards are all equal: left out of its means"
         )
-    print(f"{'':20}{'Spearman':>25}{'pair accuracy':>25}{'MSE':>25}{'R2':>25}{'best of ' + top:>12}")
+    print(
+        f"{'':20}{'Spearman':>25}{'pair accuracy':>25}{'MSE':>25}{'R2':>25}{'best of ' + top:>12}"
+    )
     rows = {variant: block[variant] for variant in variants.VARIANTS} | block["baselines"]
     for label, row in rows.items():
-        cells = [tables.with_interval(row, column) for column in ("spearman", "pair_accuracy", "mse", "r2")]
-        print(f"  {label:18}" + "".join(f"{cell:>25}" for cell in cells) + f"{row['best_of_n'][top]:>13.3f}")
+        cells = [
+            tables.with_interval(row, column)
+            for column in ("spearman", "pair_accuracy", "mse", "r2")
+        ]
+        print(
+            f"  {label:18}"
+            + "".join(f"{cell:>25}" for cell in cells)
+            + f"{row['best_of_n'][top]:>13.3f}"
+        )
     print(f"  {'oracle':18}{'':>100}{block['golden_best_of_n'][top]:>13.3f}")
     print(f"  golden reward variance {block['golden_variance']:.3f}")
     for variant, differences in block["against_teacher"].items():

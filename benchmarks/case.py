@@ -1,8 +1,9 @@
 """The case that speed and memory are measured on: cross-prompt preferences on embeddings of known reward.
 
-Embedding of a response = prompt vector + response vector, both isotropic with variance 1/2 per dimension. Golden
-reward = a random two-layer function of a 32-dimensional projection (random Fourier features: about a third of its
-variance is linear) of standard deviation 2, plus noise of standard deviation 0.25. Test prompts are fresh.
+Embedding of a response = prompt vector + response vector, both isotropic with variance 1/2 per
+dimension. Golden reward = a random two-layer function of a 32-dimensional projection (random
+Fourier features: about a third of its variance is linear) of standard deviation 2, plus noise of
+standard deviation 0.25. Test prompts are fresh.
 """
 
 import numpy as np
@@ -21,7 +22,15 @@ def make(folder, n=5000, k=10, d=2048, n_test=TEST_PROMPTS, k_test=None, seed=0,
 
     With n or n_test 0 it has no train or no test files; those it has are the same.
     """
-    told = {"case": "cross-prompt", "n": n, "k": k, "d": d, "n_test": n_test, "k_test": k_test or k, "seed": seed}
+    told = {
+        "case": "cross-prompt",
+        "n": n,
+        "k": k,
+        "d": d,
+        "n_test": n_test,
+        "k_test": k_test or k,
+        "seed": seed,
+    }
     told["dtype"] = np.dtype(dtype).name
     folder = artifacts.writable_dir(folder)
     if artifacts.read_manifest(folder).get("arguments") == told:
@@ -36,9 +45,13 @@ def make(folder, n=5000, k=10, d=2048, n_test=TEST_PROMPTS, k_test=None, seed=0,
             rewards = function(rows) + NOISE_SD * rng.standard_normal(n_prompts)
             names = embeddings.file_names(split, response)
             artifacts.write_npy(folder / names[0], rows.astype(dtype))
-            artifacts.write_jsonl(folder / names[1], ({"reward": reward} for reward in rewards.tolist()))
+            artifacts.write_jsonl(
+                folder / names[1], ({"reward": reward} for reward in rewards.tolist())
+            )
             files |= {name: artifacts.describe_file(folder / name) for name in names}
-    artifacts.write_json(folder / artifacts.MANIFEST, {"producer": "benchmarks", "arguments": told, "files": files})
+    artifacts.write_json(
+        folder / artifacts.MANIFEST, {"producer": "benchmarks", "arguments": told, "files": files}
+    )
     return folder
 
 

@@ -1,8 +1,9 @@
 """Speed of step 4: tokens per second of a randomly initialised model, and its share of the measured matrix rate.
 
-No weights are needed. On a GPU the model has the shape of Gemma 2B and computes in bfloat16; on a CPU it is tiny. The
-matrix rate is that of the best of some large square products in the same type. Work per token: 2 per weight of the
-linear layers, and 2 x length x width per layer for causal attention. The reference is batch size 1.
+No weights are needed. On a GPU the model has the shape of Gemma 2B and computes in bfloat16; on a
+CPU it is tiny. The matrix rate is that of the best of some large square products in the same type.
+Work per token: 2 per weight of the linear layers, and 2 x length x width per layer for causal
+attention. The reference is batch size 1.
 
 Reads   nothing
 Writes  --output, where it is given: the numbers as JSON
@@ -41,13 +42,20 @@ SHAPES = {
 
 def parse_args(argv=None):
     parser = console.parser(__doc__)
-    parser.add_argument("--shape", choices=sorted(SHAPES), help="None: gemma2b on a GPU, tiny on a CPU")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model"
+        "--shape", choices=sorted(SHAPES), help="None: gemma2b on a GPU, tiny on a CPU"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the model",
     )
     parser.add_argument("--length", type=kinds.count, default=512, help="tokens of a text")
     parser.add_argument("--texts", type=kinds.count, help="texts; None: 2048 on a GPU, 64 on a CPU")
-    parser.add_argument("--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, as in step 4")
+    parser.add_argument(
+        "--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, as in step 4"
+    )
     parser.add_argument("--repeats", type=kinds.count, default=3, help="runs; the median counts")
     parser.add_argument("--seed", type=kinds.seed, default=0, help="of weights and texts")
     parser.add_argument("--output", help="JSON file; None: print only")
@@ -123,7 +131,9 @@ def measure(args):
     peak = matrix_rate(dtype, args.repeats)
     single = mixed[: max(8, n // 16)]
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"CPU, {torch.get_num_threads()} threads",
         "shape": shape,
         "dtype": str(dtype),
         "length": args.length,

@@ -1,8 +1,9 @@
 """Plain code in the style of released pipelines, steps 5 to 8: what `benchmarks.cpu_pipeline` compares with.
 
-It repeats how such code spends its time, not every fault: pairs are mirrored and materialised, everything is float32,
-each epoch is one full-size batch drawn by randperm, responses are scored one at a time, metrics loop over prompts in
-Python, best-of-n draws 100 random subsets, one member of the ensemble is distilled. Nothing here is used elsewhere.
+It repeats how such code spends its time, not every fault: pairs are mirrored and materialised,
+everything is float32, each epoch is one full-size batch drawn by randperm, responses are scored one
+at a time, metrics loop over prompts in Python, best-of-n draws 100 random subsets, one member of
+the ensemble is distilled. Nothing here is used elsewhere.
 
 Reads   DATA_DIR
 Writes  OUTPUT_DIR/member_{i}.ckpt (step 5), eval.json (6), student.ckpt and map.joblib (7), validation.json (8)
@@ -29,14 +30,19 @@ STUDENT_EPOCHS, STUDENT_BATCH = 10, 256
 
 
 def make_model(dim):
-    return nn.Sequential(nn.Linear(dim, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1))
+    return nn.Sequential(
+        nn.Linear(dim, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(), nn.Linear(512, 1)
+    )
 
 
 def load_data(data_dir, split="TRAIN"):
     """(N, K, D) embeddings and (N, K) rewards, all in memory."""
     infix = "" if split == "TRAIN" else "test_"
     n_splits = len(list(Path(data_dir).glob(f"EMBD-{split}-split_*.npy")))
-    embeddings = [np.load(f"{data_dir}/EMBD-{split}-split_{k}.npy").astype(np.float32) for k in range(n_splits)]
+    embeddings = [
+        np.load(f"{data_dir}/EMBD-{split}-split_{k}.npy").astype(np.float32)
+        for k in range(n_splits)
+    ]
     rewards = []
     for k in range(n_splits):
         with open(f"{data_dir}/rewards_{infix}split_{k}.json") as file:
@@ -64,11 +70,15 @@ def step5(args):
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     first, second, labels = [], [], []
-    for n, k, m, j, label in np.load(args.pairs) if args.pairs else draw_pairs(rewards, args.n_pairs, rng):
+    for n, k, m, j, label in (
+        np.load(args.pairs) if args.pairs else draw_pairs(rewards, args.n_pairs, rng)
+    ):
         first += [embeddings[n, k], embeddings[m, j]]
         second += [embeddings[m, j], embeddings[n, k]]
         labels += [label, 1 - label]
-    first, second, labels = (torch.tensor(np.array(x), dtype=torch.float32) for x in (first, second, labels))
+    first, second, labels = (
+        torch.tensor(np.array(x), dtype=torch.float32) for x in (first, second, labels)
+    )
     for member in range(args.members):
         order = torch.randperm(len(labels))
         fit, held = order[: int(0.8 * len(order))], order[int(0.8 * len(order)) :]
@@ -113,7 +123,9 @@ def prompt_metrics(scores, golden, rng):
 
 def evaluate(scores, golden, seed):
     rng = np.random.default_rng(seed)
-    return np.mean([prompt_metrics(s, g, rng) for s, g in zip(scores, golden, strict=True)], 0).tolist()
+    return np.mean(
+        [prompt_metrics(s, g, rng) for s, g in zip(scores, golden, strict=True)], 0
+    ).tolist()
 
 
 def step6(args):
@@ -135,7 +147,9 @@ def step6(args):
 
 def score_rows(model, rows, batch=512):
     with torch.no_grad():
-        return np.concatenate([model(torch.from_numpy(part))[:, 0].numpy() for part in batches(rows, batch)])
+        return np.concatenate(
+            [model(torch.from_numpy(part))[:, 0].numpy() for part in batches(rows, batch)]
+        )
 
 
 def batches(rows, size):
@@ -178,7 +192,10 @@ def step8(args):
         raw = score_rows(model, rows)
         for kind, values in (("raw", raw), ("isotonic", fitted.predict(raw))):
             mse = float(np.mean((values - golden.ravel()) ** 2))
-            results[f"{name} {kind}"] = [*evaluate(values.reshape(golden.shape), golden, args.seed), mse]
+            results[f"{name} {kind}"] = [
+                *evaluate(values.reshape(golden.shape), golden, args.seed),
+                mse,
+            ]
     (args.output_dir / "validation.json").write_text(json.dumps(results))
 
 
@@ -186,13 +203,17 @@ STEPS = {"step5": step5, "step6": step6, "step7": step7, "step8": step8}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("step", choices=list(STEPS))
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--members", type=int, default=10)
     parser.add_argument("--n_pairs", type=int, default=5000)
-    parser.add_argument("--pairs", type=Path, help="pairs_....npy of step 5; None: n_pairs are drawn")
+    parser.add_argument(
+        "--pairs", type=Path, help="pairs_....npy of step 5; None: n_pairs are drawn"
+    )
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=6)
     args = parser.parse_args()

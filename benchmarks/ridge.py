@@ -1,8 +1,9 @@
 """Speed of the multi-objective ridge regression against the loop over scikit-learn's Ridge, and that both agree.
 
-Both choose among nine strengths per attribute by squared error on validation rows and fit again on all rows. The loop
-fits attributes x 9 + attributes times. They run in turn in one process, on the same rows: once with all labels there,
-once with each attribute labelled by one of --sources, which share no rows, as in a mixture of rated data sets.
+Both choose among nine strengths per attribute by squared error on validation rows and fit again on
+all rows. The loop fits attributes x 9 + attributes times. They run in turn in one process, on the
+same rows: once with all labels there, once with each attribute labelled by one of --sources, which
+share no rows, as in a mixture of rated data sets.
 
 Reads   nothing
 Writes  --output, where it is given: the numbers as JSON
@@ -25,16 +26,26 @@ STRENGTHS = multi_objective.STRENGTHS
 
 def parse_args(argv=None):
     parser = console.parser(__doc__)
-    parser.add_argument("--n", type=kinds.count, default=8000, help="rows, a fifth of them for validation")
+    parser.add_argument(
+        "--n", type=kinds.count, default=8000, help="rows, a fifth of them for validation"
+    )
     parser.add_argument("--dimensions", type=kinds.count, default=1024, help="of the embeddings")
     parser.add_argument("--attributes", type=kinds.count, default=19, help="columns of labels")
     parser.add_argument(
-        "--sources", type=kinds.count, default=4, help="patterns of missing labels, 1: only the full case"
+        "--sources",
+        type=kinds.count,
+        default=4,
+        help="patterns of missing labels, 1: only the full case",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float64", help="of the loop's rows; ours sums in float64"
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float64",
+        help="of the loop's rows; ours sums in float64",
     )
-    parser.add_argument("--repeats", type=kinds.count, default=3, help="runs of each, in turn; medians count")
+    parser.add_argument(
+        "--repeats", type=kinds.count, default=3, help="runs of each, in turn; medians count"
+    )
     parser.add_argument("--seed", type=kinds.seed, default=0, help="of rows and labels")
     parser.add_argument("--output", help="JSON file; None: print only")
     return parser.parse_args(argv)
@@ -47,7 +58,9 @@ def make_data(args, sources):
     x *= np.float32(np.arange(1, args.dimensions + 1) ** -0.5)
     labels = x @ rng.standard_normal((args.dimensions, args.attributes), np.float32)
     labels += labels.std() * rng.standard_normal(labels.shape, np.float32)
-    labels[rng.integers(sources, size=args.n)[:, None] != np.arange(args.attributes) % sources] = np.nan
+    labels[rng.integers(sources, size=args.n)[:, None] != np.arange(args.attributes) % sources] = (
+        np.nan
+    )
     names = [f"attribute {a}" for a in range(args.attributes)]
     ids = [str(i) for i in range(args.n)]
     return attribute_data.Rated([x], np.arange(args.n), ids, labels=labels, attributes=names)
@@ -107,20 +120,28 @@ def measure(args, sources):
     found["ratio_cpu"] = found["loop_cpu_seconds"] / found["ours_cpu_seconds"]
     found["ours_peak_gb"] = peak_memory(calls["ours"]) / 1e9
     found["loop_peak_gb"] = peak_memory(lambda: loop(x, labels[:, :1], fit, held)) / 1e9
-    found["largest_difference"] = np.abs(heads["ours"] - heads["loop"]).max() / np.abs(heads["loop"]).max()
+    found["largest_difference"] = (
+        np.abs(heads["ours"] - heads["loop"]).max() / np.abs(heads["loop"]).max()
+    )
     return found
 
 
 def main(argv=None):
     args = parse_args(argv)
-    threads = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
-    print(f"{args.n} rows x {args.dimensions} dimensions, {args.attributes} attributes, {len(STRENGTHS)} strengths")
+    threads = max(
+        (pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1
+    )
+    print(
+        f"{args.n} rows x {args.dimensions} dimensions, {args.attributes} attributes, {len(STRENGTHS)} strengths"
+    )
     print(f"loop in {args.dtype}, {threads} threads, median of {args.repeats}")
     found = [measure(args, sources) for sources in sorted({1, args.sources})]
     for name in found[0]:
         print(f"{name:22}" + "".join(f"{row[name]:>12.3g}" for row in found))
     if args.output:
-        artifacts.write_json(args.output, {"settings": vars(args), "threads": threads, "found": found})
+        artifacts.write_json(
+            args.output, {"settings": vars(args), "threads": threads, "found": found}
+        )
 
 
 if __name__ == "__main__":

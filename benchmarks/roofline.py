@@ -1,8 +1,8 @@
 """How much of this machine's matrix rate training and scoring reach, in float32 and bfloat16.
 
-The matrix rate is that of (rows, D) x (D, 1024) products, the first layer's, at the best of several numbers of rows.
-Work is counted as the products need it: forward 2 per weight and row; backward as much again for the weights, and as
-much for the inputs of every layer but the first.
+The matrix rate is that of (rows, D) x (D, 1024) products, the first layer's, at the best of several
+numbers of rows. Work is counted as the products need it: forward 2 per weight and row; backward as
+much again for the weights, and as much for the inputs of every layer but the first.
 
 Reads   nothing
 Writes  --output, where it is given: the numbers as JSON
@@ -28,10 +28,18 @@ SCORED_ROWS = 16_384
 def parse_args(argv=None):
     parser = console.parser(__doc__)
     parser.add_argument("--dim", type=kinds.count, default=2048, help="embedding dimensions, D")
-    parser.add_argument("--hidden", type=kinds.count, nargs=2, default=list(mlp.HIDDEN), help="hidden units")
-    parser.add_argument("--batch_size", type=kinds.count, default=1000, help="pairs per training step")
-    parser.add_argument("--seconds", type=kinds.positive, default=2.0, help="length of one measurement")
-    parser.add_argument("--repeats", type=kinds.count, default=5, help="measurements; the median counts")
+    parser.add_argument(
+        "--hidden", type=kinds.count, nargs=2, default=list(mlp.HIDDEN), help="hidden units"
+    )
+    parser.add_argument(
+        "--batch_size", type=kinds.count, default=1000, help="pairs per training step"
+    )
+    parser.add_argument(
+        "--seconds", type=kinds.positive, default=2.0, help="length of one measurement"
+    )
+    parser.add_argument(
+        "--repeats", type=kinds.count, default=5, help="measurements; the median counts"
+    )
     parser.add_argument("--num_threads", type=kinds.count, help="None: as torch chooses")
     parser.add_argument("--output", help="JSON file; None: print only")
     return parser.parse_args(argv)
@@ -44,7 +52,9 @@ def rate(work, flops, seconds):
     while time.perf_counter() - started < seconds:
         work()
         calls += 1
-    return calls * flops / 1e9 / (time.perf_counter() - started), calls * flops / 1e9 / (_cpu() - usage)
+    return calls * flops / 1e9 / (time.perf_counter() - started), calls * flops / 1e9 / (
+        _cpu() - usage
+    )
 
 
 def _cpu():
@@ -85,19 +95,44 @@ def main(argv=None):
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     generator = torch.Generator().manual_seed(0)
-    results = {"machine": describe_machine(), "arguments": vars(args), "threads": torch.get_num_threads()}
-    print(f"{results['machine']}; {results['threads']} threads; auto: {mlp.choose_precision('auto')}")
-    print(f"{'':6}{'matrix rate':>14}{'training':>12}{'share':>8}{'scoring':>12}{'share':>8}  GFLOP/s (per CPU second)")
+    results = {
+        "machine": describe_machine(),
+        "arguments": vars(args),
+        "threads": torch.get_num_threads(),
+    }
+    print(
+        f"{results['machine']}; {results['threads']} threads; auto: {mlp.choose_precision('auto')}"
+    )
+    print(
+        f"{'':6}{'matrix rate':>14}{'training':>12}{'share':>8}{'scoring':>12}{'share':>8}  GFLOP/s (per CPU second)"
+    )
     for name, dtype in mlp.TYPES.items():
-        jobs = {f"matrix {n}": matrix(n, args.dim, args.hidden[0], dtype, generator) for n in RATE_ROWS}
-        jobs |= {"training": training(args, dtype, generator), "scoring": scoring(args, dtype, generator)}
-        runs = [{job: rate(*work, args.seconds) for job, work in jobs.items()} for _ in range(args.repeats)]
-        found = {job: [statistics.median(run[job][i] for run in runs) for i in (0, 1)] for job in jobs}
+        jobs = {
+            f"matrix {n}": matrix(n, args.dim, args.hidden[0], dtype, generator) for n in RATE_ROWS
+        }
+        jobs |= {
+            "training": training(args, dtype, generator),
+            "scoring": scoring(args, dtype, generator),
+        }
+        runs = [
+            {job: rate(*work, args.seconds) for job, work in jobs.items()}
+            for _ in range(args.repeats)
+        ]
+        found = {
+            job: [statistics.median(run[job][i] for run in runs) for i in (0, 1)] for job in jobs
+        }
         best = [max(found[f"matrix {n}"][i] for n in RATE_ROWS) for i in (0, 1)]
         shares = {job: found[job][0] / best[0] for job in ("training", "scoring")}
-        results[name] = {"matrix": best, **{job: found[job] for job in shares}, "shares": shares, "runs": runs}
+        results[name] = {
+            "matrix": best,
+            **{job: found[job] for job in shares},
+            "shares": shares,
+            "runs": runs,
+        }
         cells = [f"{best[0]:7.0f} ({best[1]:4.0f})"]
-        cells += [f"{found[job][0]:5.0f} ({found[job][1]:4.0f}){shares[job]:8.0%}" for job in shares]
+        cells += [
+            f"{found[job][0]:5.0f} ({found[job][1]:4.0f}){shares[job]:8.0%}" for job in shares
+        ]
         print(f"{name:6}" + " ".join(cells))
     if args.output:
         artifacts.write_json(args.output, results)

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 # a script finds the library beside its folder; a notebook is run from the repository, or finds it installed
-sys.path.insert(0, str(Path(globals().get("__file__", "examples/five_calls.py")).resolve().parents[1]))
+sys.path.insert(
+    0, str(Path(globals().get("__file__", "examples/five_calls.py")).resolve().parents[1])
+)
 
 from rewardlib import BT_MLP, CLF_MLP, calc_bon, calc_spearmanr, load_embd_data, pair_annotate
 from rewardlib.measures import ranking
@@ -31,7 +33,10 @@ def write_data(folder, n_prompts, n_responses, split, rng, n_dimensions=32):
     prompt = rng.standard_normal((n_prompts, 1, n_dimensions))
     embeddings = prompt + rng.standard_normal((n_prompts, n_responses, n_dimensions))
     signal = np.tanh(embeddings[:, :, 0] + embeddings[:, :, 1]) + 0.5 * embeddings[:, :, 2]
-    offset, noise = rng.standard_normal((n_prompts, 1)), rng.standard_normal((n_prompts, n_responses))
+    offset, noise = (
+        rng.standard_normal((n_prompts, 1)),
+        rng.standard_normal((n_prompts, n_responses)),
+    )
     rewards = signal + signal.std() * (offset + noise) / np.sqrt(2)
     name = f"Gemma2b-sft_Gemma2b_Harmless_{split}.npy"
     np.save(folder / f"embd_{name}", embeddings.astype(np.float16))
@@ -47,7 +52,12 @@ write_data(Path(temporary.name), 200, 50, "test", rng)
 # ## 1. Load: memory-mapped, nothing is read yet
 
 # %%
-names = {"task": "Harmless", "res_gen_model": "Gemma2b-sft", "embed_model": "Gemma2b", "root": temporary.name}
+names = {
+    "task": "Harmless",
+    "res_gen_model": "Gemma2b-sft",
+    "embed_model": "Gemma2b",
+    "root": temporary.name,
+}
 train_embeddings, train_rewards = load_embd_data(**names, split="train")  # (N, K, D), (N, K, 1)
 test_embeddings, test_rewards = load_embd_data(**names, split="test")
 
@@ -59,13 +69,20 @@ test_embeddings, test_rewards = load_embd_data(**names, split="test")
 print()
 results = []
 for strategy in ("random", "diverse", "similar", "cross_prompt"):
-    annotated = pair_annotate(train_embeddings, train_rewards, annotation_quality=3, pair_strategy=strategy, rng=1)
+    annotated = pair_annotate(
+        train_embeddings, train_rewards, annotation_quality=3, pair_strategy=strategy, rng=1
+    )
     comparisons, labels = annotated  # (M, 2, D), (M,)
     for reward_model in (BT_MLP(hidden=(128, 64), epochs=4), CLF_MLP(hidden=(128, 64), epochs=4)):
         reward_model.fit(comparisons, labels, groups=annotated.groups)
         predictions = reward_model.predict(test_embeddings)  # (N, K, 1)
-        rho, bon = calc_spearmanr(predictions, test_rewards), calc_bon(predictions, test_rewards, N=10)
-        results.append((strategy, type(reward_model).__name__, annotated.pairs.label_error, rho, bon))
+        rho, bon = (
+            calc_spearmanr(predictions, test_rewards),
+            calc_bon(predictions, test_rewards, N=10),
+        )
+        results.append(
+            (strategy, type(reward_model).__name__, annotated.pairs.label_error, rho, bon)
+        )
 
 # %% [markdown]
 # ## The table, with what no model can beat and what any should
@@ -73,7 +90,9 @@ for strategy in ("random", "diverse", "similar", "cross_prompt"):
 # %%
 chance = np.random.default_rng(2).random(test_rewards.shape)
 for name, scores in (("random scorer", chance), ("oracle", test_rewards)):
-    results.append(("-", name, 0.0, calc_spearmanr(scores, test_rewards), calc_bon(scores, test_rewards, N=10)))
+    results.append(
+        ("-", name, 0.0, calc_spearmanr(scores, test_rewards), calc_bon(scores, test_rewards, N=10))
+    )
 print("\npairs         reward model   label error  Spearman  best of 10")
 for strategy, name, error, rho, bon in results:
     print(f"{strategy:12s}  {name:13s}  {error:11.3f}  {rho:8.3f}  {bon:10.3f}")
@@ -84,7 +103,11 @@ for strategy, name, error, rho, bon in results:
 # two classification errors; see docs/api.md for what that says, and what it does not.
 
 # %%
-index, better = pair_annotate(test_embeddings, test_rewards, -1, pair_strategy="diverse", return_index=True)
+index, better = pair_annotate(
+    test_embeddings, test_rewards, -1, pair_strategy="diverse", return_index=True
+)
 found = ranking.order_consistency(predictions.reshape(-1)[index], better)
-print(f"order error {found['order_error']:.3f} <= bound {found['bound']:.3f} on diverse pairs of the test prompts")
+print(
+    f"order error {found['order_error']:.3f} <= bound {found['bound']:.3f} on diverse pairs of the test prompts"
+)
 temporary.cleanup()

@@ -4,8 +4,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-# Public names and their modules, imported when first asked for: `import rewardlib` alone loads neither torch nor
-# scikit-learn.
+# Public names and their modules, imported when first asked for: `import rewardlib` alone loads
+# neither torch nor scikit-learn.
 PUBLIC = {
     "load_embd_data": "api",
     "pair_annotate": "api",

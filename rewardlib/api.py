@@ -1,7 +1,8 @@
 """The way in without scripts: load arrays, annotate pairs, and measure what a reward model predicts, a call each.
 
-load_embd_data -> pair_annotate -> an estimator's fit and predict -> calc_bon, calc_spearmanr; docs/api.md has the page.
-Embeddings are (N, K, D): K responses to each of N prompts. Rewards and predictions are (N, K, 1), or (N, K).
+load_embd_data -> pair_annotate -> an estimator's fit and predict -> calc_bon, calc_spearmanr;
+docs/api.md has the page. Embeddings are (N, K, D): K responses to each of N prompts. Rewards and
+predictions are (N, K, 1), or (N, K).
 """
 
 import dataclasses
@@ -20,7 +21,10 @@ from rewardlib.measures import ranking
 ROOT_ENV, USUAL_ROOT = "EMBD_REPO_DIR", Path("embd/RM-Embeddings")
 STRATEGIES = ("random", "diverse", "similar", "cross_prompt")
 TUNED = "-sft"
-FOLDS, FOLD_PROMPTS = 10, 20  # cross-prompt pairs stay within one of at most so many folds of at least so many prompts
+FOLDS, FOLD_PROMPTS = (
+    10,
+    20,
+)  # cross-prompt pairs stay within one of at most so many folds of at least so many prompts
 CALL = {  # what settles a doubt, as load_embd_data calls it; see published.COMMAND
     "folder": f"root, or set {ROOT_ENV}",
     "narrower": "a root that holds only the wanted files",
@@ -32,7 +36,7 @@ CALL = {  # what settles a doubt, as load_embd_data calls it; see published.COMM
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------- load
+# --------------------------------------------------------------------------------------------- load
 
 
 def load_embd_data(
@@ -48,25 +52,33 @@ def load_embd_data(
 ):
     """Embeddings (N, K, D) and golden rewards (N, K, 1) of one split, memory-mapped: rows are read when they are used.
 
-    task: what the golden reward rates, as in the file names; res_gen_model: the model that wrote the responses;
-    embed_model: the model that embedded them; split: "train" or "test"; all of them case aside. root: the folder to
-    search, sub-folders included; None is the environment variable EMBD_REPO_DIR or, unset, run_all.sh's
-    embd/RM-Embeddings or, where there is none, the working directory. dataset: name of the prompts in formats 1 and 2;
-    None is hh-rlhf-{task} with or without -gpt4, or the task itself where it is neither helpful nor harmless.
-    reward_model: which rewards, where there are several. max_prompts: how many of the prompts, the first ones. axes:
+    task: what the golden reward rates, as in the file names; res_gen_model: the model that wrote
+    the responses; embed_model: the model that embedded them; split: "train" or "test"; all of them
+    case aside. root: the folder to search, sub-folders included; None is the environment variable
+    EMBD_REPO_DIR or, unset, run_all.sh's embd/RM-Embeddings or, where there is none, the working
+    directory. dataset: name of the prompts in formats 1 and 2; None is hh-rlhf-{task} with or
+    without -gpt4, or the task itself where it is neither helpful nor harmless. reward_model: which
+    rewards, where there are several. max_prompts: how many of the prompts, the first ones. axes:
     "KND" or "NKD", the order in the embedding file, where its shape leaves that open.
 
-    All formats of rewardlib.published are found. "-sft" at the end of res_gen_model is part of the name in format 3;
-    in formats 1 and 2, where the data set tells what the model was tuned on, it may stand for a data set in -gpt4. The
-    embeddings are a memmap of the file's dtype, axes swapped where the file has another order; so are rewards of
-    float32 or float64 (others: a float64 copy). A DATA_DIR is found where its manifest says that it was made from files
-    of these names, and where `root` is that folder itself and records no names; its embeddings, one file a response,
-    are StackedFiles. Prints what was taken. InputError where nothing fits or several do, naming what was found and the
-    argument that settles it.
+    All formats of rewardlib.published are found. "-sft" at the end of res_gen_model is part of the
+    name in format 3; in formats 1 and 2, where the data set tells what the model was tuned on, it
+    may stand for a data set in -gpt4. The embeddings are a memmap of the file's dtype, axes swapped
+    where the file has another order; so are rewards of float32 or float64 (others: a float64 copy).
+    A DATA_DIR is found where its manifest says that it was made from files of these names, and
+    where `root` is that folder itself and records no names; its embeddings, one file a response,
+    are StackedFiles. Prints what was taken. InputError where nothing fits or several do, naming
+    what was found and the argument that settles it.
     """
-    for name, value in (("task", task), ("res_gen_model", res_gen_model), ("embed_model", embed_model)):
+    for name, value in (
+        ("task", task),
+        ("res_gen_model", res_gen_model),
+        ("embed_model", embed_model),
+    ):
         if not isinstance(value, str) or not value:
-            raise InputError(f"{name}: expected a name as in the file names, found {value!r}; give one")
+            raise InputError(
+                f"{name}: expected a name as in the file names, found {value!r}; give one"
+            )
     split = _one_of("split", str(split).lower(), ("train", "test"))
     axes = "auto" if axes is None else _one_of("axes", str(axes).upper(), ("KND", "NKD"))
     root = Path(root or os.environ.get(ROOT_ENV) or (USUAL_ROOT if USUAL_ROOT.is_dir() else "."))
@@ -74,7 +86,9 @@ def load_embd_data(
     wanted = _wanted(task, dataset, embed_model, res_gen_model, reward_model)
     pair = published.find(files, root, split, *wanted, words=CALL)
     recorded = {folder: _recorded_names(folder, split) for folder in _data_dirs(files, split)}
-    folders = [folder for folder, names in recorded.items() if _fits(names, split, wanted, folder == root)]
+    folders = [
+        folder for folder, names in recorded.items() if _fits(names, split, wanted, folder == root)
+    ]
     found = [*folders, *(pair or ())[:1]]
     if len(found) > 1:
         raise InputError(
@@ -82,9 +96,14 @@ def load_embd_data(
             f"choose with {CALL['narrower']}"
         )
     if not found:
-        there = [f"; DATA_DIR {folder}: {names[0] if names else 'no names'}" for folder, names in recorded.items()]
+        there = [
+            f"; DATA_DIR {folder}: {names[0] if names else 'no names'}"
+            for folder, names in recorded.items()
+        ]
         note = " (a DATA_DIR without names is taken as root= itself)" if there else ""
-        raise InputError(f"{published.not_found(files, root, split, *wanted, words=CALL)}{''.join(there)}{note}")
+        raise InputError(
+            f"{published.not_found(files, root, split, *wanted, words=CALL)}{''.join(there)}{note}"
+        )
     if folders:
         embedding, rewards, told = _open_data_dir(folders[0], split, recorded[folders[0]])
     else:
@@ -92,18 +111,23 @@ def load_embd_data(
     n, k, d = embedding.shape
     if max_prompts is not None:
         if _whole("max_prompts", max_prompts, 1) > n:
-            print(f"load_embd_data: all {n} prompts are taken; max_prompts {max_prompts} is more than there are")
+            print(
+                f"load_embd_data: all {n} prompts are taken; max_prompts {max_prompts} is more than there are"
+            )
         n = min(n, max_prompts)
         embedding, rewards = (embedding.first(n) if folders else embedding[:n]), rewards[:n]
-    print(f"load_embd_data: {split}: {n} prompts x {k} responses x {d} dimensions, {embedding.dtype}, from {told}")
+    print(
+        f"load_embd_data: {split}: {n} prompts x {k} responses x {d} dimensions, {embedding.dtype}, from {told}"
+    )
     return embedding, rewards
 
 
 class StackedFiles:
     """K memory-mapped arrays (N, D) seen as one (N, K, D), for files that no single memory map can span.
 
-    Indexing and np.asarray read what they name and return plain arrays. The first two axes take whatever NumPy takes
-    there: numbers, slices, masks, index arrays; the last one a number or a slice.
+    Indexing and np.asarray read what they name and return plain arrays. The first two axes take
+    whatever NumPy takes there: numbers, slices, masks, index arrays; the last one a number or a
+    slice.
     """
 
     ndim = 3
@@ -128,7 +152,9 @@ class StackedFiles:
             key = (*key[:at], *[slice(None)] * (4 - len(key)), *key[at + 1 :])
         last = key[2] if len(key) == 3 else slice(None)
         if len(key) > 3 or not isinstance(last, (int, np.integer, slice)):
-            raise IndexError(f"expected at most 3 indices, the last a number or a slice, found {key!r}")
+            raise IndexError(
+                f"expected at most 3 indices, the last a number or a slice, found {key!r}"
+            )
         rows = np.asarray(self._rows[key[:2]])
         prompt, response = np.divmod(rows.ravel(), self.shape[1])
         found = np.empty((rows.size, self.shape[2]), self.dtype)
@@ -138,7 +164,9 @@ class StackedFiles:
 
     def __array__(self, dtype=None, copy=None):
         if copy is False:
-            raise ValueError(f"expected copy=True or None: the {self.shape[1]} files are not one array in memory")
+            raise ValueError(
+                f"expected copy=True or None: the {self.shape[1]} files are not one array in memory"
+            )
         return np.stack(self.arrays, axis=1, dtype=dtype or self.dtype, casting="unsafe")
 
     def __repr__(self):
@@ -150,9 +178,14 @@ def _wanted(task, dataset, embed_model, gen_model, reward_model):
     datasets = [dataset] if dataset else [task]
     if not dataset and task.lower() in published.TASKS:
         datasets = [f"hh-rlhf-{task}-gpt4", f"hh-rlhf-{task}"]
-    wanted = [published.names(task, name, "gpt4", embed_model, gen_model, reward_model) for name in datasets]
+    wanted = [
+        published.names(task, name, "gpt4", embed_model, gen_model, reward_model)
+        for name in datasets
+    ]
     if gen_model.lower().endswith(TUNED):
-        tuned = published.names(task, datasets[0], "gpt4", embed_model, gen_model[: -len(TUNED)], reward_model)
+        tuned = published.names(
+            task, datasets[0], "gpt4", embed_model, gen_model[: -len(TUNED)], reward_model
+        )
         wanted.append({**tuned, "formats": (1, 2)})
     return wanted
 
@@ -169,7 +202,12 @@ def _recorded_names(folder, split):
     if source := manifest.get("source", {}).get(split):
         return Path(source["embedding_file"]).name, Path(source["reward_file"]).name
     told = manifest.get("arguments", {})
-    names = {"dataset": "dataset", "embed": "embed_model_name", "gen": "gen_pref_model_name", "rm": "reward_model"}
+    names = {
+        "dataset": "dataset",
+        "embed": "embed_model_name",
+        "gen": "gen_pref_model_name",
+        "rm": "reward_model",
+    }
     if not all(told.get(name) for name in names.values()):
         return None
     fields = {field: responses.label(told[name]) for field, name in names.items()}
@@ -203,14 +241,15 @@ def _open_published(pair, axes):
     return array, rewards[:, :, None], told
 
 
-# ------------------------------------------------------------------------------------------------------------ annotate
+# ----------------------------------------------------------------------------------------- annotate
 
 
 class Annotated(tuple):
     """(comparisons, labels) of pair_annotate, and what is behind them.
 
-    pairs: rewardlib.pairs.Pairs: label_error, prompts (M, 2), responses (M, 2), probability (M,), reward_diff (M,),
-    n_equal. groups: (M,) numbers to pass to `fit`: pairs of different groups share no prompt.
+    pairs: rewardlib.pairs.Pairs: label_error, prompts (M, 2), responses (M, 2), probability (M,),
+    reward_diff (M,), n_equal. groups: (M,) numbers to pass to `fit`: pairs of different groups
+    share no prompt.
     """
 
     def __new__(cls, comparisons, labels, made):
@@ -238,21 +277,24 @@ def pair_annotate(
 ):
     """Comparisons (M, 2, D) and what a noisy annotator says of them, labels (M,): 1 where side 0 was preferred, else 0.
 
-    P(side 0 preferred) = sigmoid(annotation_quality * (r_0 - r_1) / reward_scale), arXiv 2411.04991, section 4; below
-    0: perfect labels. reward_scale None is the standard deviation of `rewards`: at quality 0.1 nearly half the labels
-    are wrong, at 10 about 4 % (of responses to one prompt, more: their rewards differ less).
+    P(side 0 preferred) = sigmoid(annotation_quality * (r_0 - r_1) / reward_scale), arXiv
+    2411.04991, section 4; below 0: perfect labels. reward_scale None is the standard deviation of
+    `rewards`: at quality 0.1 nearly half the labels are wrong, at 10 about 4 % (of responses to one
+    prompt, more: their rewards differ less).
 
-    pair_strategy: "random" any two responses to a prompt; "diverse" the two whose ranks by reward lie furthest apart,
-    then the next furthest; "similar" neighbours in rank, from the middle outwards, then ranks two apart, and so on;
-    with one pair per prompt these are the lowest with the highest and the middle two. "cross_prompt" a response to each
-    prompt with one to another prompt. No pair comes twice, in either order; which response is side 0 is random. Pairs
-    of equal golden reward carry no order: they are left out, and counted in the line that is printed.
+    pair_strategy: "random" any two responses to a prompt; "diverse" the two whose ranks by reward
+    lie furthest apart, then the next furthest; "similar" neighbours in rank, from the middle
+    outwards, then ranks two apart, and so on; with one pair per prompt these are the lowest with
+    the highest and the middle two. "cross_prompt" a response to each prompt with one to another
+    prompt. No pair comes twice, in either order; which response is side 0 is random. Pairs of equal
+    golden reward carry no order: they are left out, and counted in the line that is printed.
 
-    rng: a seed or a numpy Generator; None is seed 0, so that a cell gives the same pairs each time it is run.
-    return_index=True gives row numbers (M, 2) into embeddings.reshape(N * K, D) in place of the comparisons, and no
-    embedding is read. Returns Annotated: two values to unpack, which also keep the realised label error as
-    .pairs.label_error and, as .groups, which pairs to hold out together. Cross-prompt pairs are drawn within groups of
-    prompts for that. InputError for other shapes, rewards that are not finite or all equal, more pairs than there are.
+    rng: a seed or a numpy Generator; None is seed 0, so that a cell gives the same pairs each time
+    it is run. return_index=True gives row numbers (M, 2) into embeddings.reshape(N * K, D) in place
+    of the comparisons, and no embedding is read. Returns Annotated: two values to unpack, which
+    also keep the realised label error as .pairs.label_error and, as .groups, which pairs to hold
+    out together. Cross-prompt pairs are drawn within groups of prompts for that. InputError for
+    other shapes, rewards that are not finite or all equal, more pairs than there are.
     """
     rewards = _per_response("rewards", rewards)
     embeddings = embeddings if hasattr(embeddings, "shape") else np.asarray(embeddings)
@@ -272,7 +314,9 @@ def pair_annotate(
         )
     scale = rewards.std() or 1.0
     if reward_scale is not None and (scale := _number("reward_scale", reward_scale)) <= 0:
-        raise InputError(f"reward_scale: expected a number above 0, found {scale:g}; None takes the rewards' sd")
+        raise InputError(
+            f"reward_scale: expected a number above 0, found {scale:g}; None takes the rewards' sd"
+        )
     if not isinstance(rng, np.random.Generator):
         rng = seeds.rng(_whole("rng", 0 if rng is None else rng, 0), "pairs")
     made = _draw(rewards, pair_strategy, n_pairs, quality, scale, rng)
@@ -287,15 +331,26 @@ def pair_annotate(
 
 def _draw(rewards, strategy, n_pairs, quality, scale, rng):
     """pairs.Pairs of (N, K) rewards, n_pairs for each prompt; its folds are the groups of Annotated."""
-    prompts, noise = np.arange(len(rewards)), {"consider_first_n": 2, "quality": quality, "scale": scale, "rng": rng}
+    prompts, noise = (
+        np.arange(len(rewards)),
+        {"consider_first_n": 2, "quality": quality, "scale": scale, "rng": rng},
+    )
     if strategy == "cross_prompt":
-        folds = splits.assign_folds(prompts, int(np.clip(len(prompts) // FOLD_PROMPTS, 1, FOLDS)), rng)
+        folds = splits.assign_folds(
+            prompts, int(np.clip(len(prompts) // FOLD_PROMPTS, 1, FOLDS)), rng
+        )
         return pairs.build(rewards, folds, pairing="xprompt", n_pairs=n_pairs, **noise)
     if strategy == "random":
         return pairs.build(rewards, prompts, pairing="sameprompt", n_pairs=n_pairs, **noise)
-    # each chosen pair stands for a prompt of two responses, whose one pair is then turned and annotated
-    chosen, prompt = by_rank_gap(rewards, n_pairs, strategy == "diverse").reshape(-1, 2), np.repeat(prompts, n_pairs)
-    made = pairs.build(rewards[prompt[:, None], chosen], prompt, pairing="sameprompt", n_pairs=1, **noise)
+    # each chosen pair stands for a prompt of two responses, whose one pair is then turned and
+    # annotated
+    chosen, prompt = (
+        by_rank_gap(rewards, n_pairs, strategy == "diverse").reshape(-1, 2),
+        np.repeat(prompts, n_pairs),
+    )
+    made = pairs.build(
+        rewards[prompt[:, None], chosen], prompt, pairing="sameprompt", n_pairs=1, **noise
+    )
     sides = {"prompts": prompt[made.prompts], "responses": chosen[made.prompts, made.responses]}
     return dataclasses.replace(made, **sides)
 
@@ -303,36 +358,42 @@ def _draw(rewards, strategy, n_pairs, quality, scale, rng):
 def by_rank_gap(rewards, n_pairs, widest):
     """The n_pairs pairs of each prompt furthest apart in rank by reward, or nearest, (N, n_pairs, 2) responses.
 
-    Of equal gaps those come first whose ranks lie around the middle. The first pair is that of pairs.candidates: the
-    lowest and the highest, or the middle two.
+    Of equal gaps those come first whose ranks lie around the middle. The first pair is that of
+    pairs.candidates: the lowest and the highest, or the middle two.
     """
     order, k = np.argsort(rewards, axis=1, kind="stable"), rewards.shape[1]
     low, high = np.triu_indices(k, 1)
-    first = np.lexsort([abs(low + high - (k - 1)), (low - high) if widest else (high - low)])[:n_pairs]
+    first = np.lexsort([abs(low + high - (k - 1)), (low - high) if widest else (high - low)])[
+        :n_pairs
+    ]
     return np.stack([order[:, low[first]], order[:, high[first]]], -1)
 
 
-# ------------------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 
 
 def calc_bon(predictions, rewards, N):
     """Expected golden reward of the response that `predictions` rate best of N of a prompt's K, averaged over prompts.
 
-    predictions, rewards: (N prompts, K, 1) or (N prompts, K). Exact: the mean over all subsets of N responses, equal
-    predictions sharing alike (metrics.best_of_n). InputError for other shapes, NaN, or N above K.
+    predictions, rewards: (N prompts, K, 1) or (N prompts, K). Exact: the mean over all subsets of N
+    responses, equal predictions sharing alike (metrics.best_of_n). InputError for other shapes,
+    NaN, or N above K.
     """
     scores, golden = _both(predictions, rewards)
     size, k = _whole("N", N, 1), scores.shape[1]
     if size > k:
-        raise InputError(f"N: expected at most {k}, the responses to each prompt, found {size}; lower it")
+        raise InputError(
+            f"N: expected at most {k}, the responses to each prompt, found {size}; lower it"
+        )
     return float(ranking.best_of_n(scores, golden, [size]).mean())
 
 
 def calc_spearmanr(predictions, rewards):
     """Spearman's rho of predictions and golden rewards within each prompt, averaged over prompts.
 
-    predictions, rewards: (N, K, 1) or (N, K). Prompts without a ranking (all rewards equal, or all predictions) are
-    left out and counted in a line that is printed; NaN where none is left. InputError for other shapes or NaN.
+    predictions, rewards: (N, K, 1) or (N, K). Prompts without a ranking (all rewards equal, or all
+    predictions) are left out and counted in a line that is printed; NaN where none is left.
+    InputError for other shapes or NaN.
     """
     rho = ranking.spearman(*_both(predictions, rewards))
     defined = np.isfinite(rho)
@@ -342,7 +403,7 @@ def calc_spearmanr(predictions, rewards):
     return float(rho[defined].mean()) if defined.any() else float("nan")
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def _both(predictions, rewards):
@@ -380,7 +441,9 @@ def _per_response(name, values):
 
 def _one_of(name, value, allowed):
     if value not in allowed:
-        raise InputError(f"{name}: expected {', '.join(map(repr, allowed))}, found {value!r}; choose one of them")
+        raise InputError(
+            f"{name}: expected {', '.join(map(repr, allowed))}, found {value!r}; choose one of them"
+        )
     return value
 
 
@@ -390,7 +453,9 @@ def _whole(name, value, least):
     except TypeError:
         number = least - 1
     if number < least:
-        raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}; give one")
+        raise InputError(
+            f"{name}: expected a whole number of at least {least}, found {value!r}; give one"
+        )
     return number
 
 

@@ -1,8 +1,9 @@
 """Files that a run leaves behind: atomic writes, digests, the manifest, the lock.
 
-A step computes its *identity* (a hash of its arguments, the digests of its inputs and the digest of the code), asks
-`is_finished`, works, publishes its outputs by renaming, and calls `record` last. Killed anywhere before that, it leaves
-the earlier entry or none, and the same command does the work again.
+A step computes its *identity* (a hash of its arguments, the digests of its inputs and the digest of
+the code), asks `is_finished`, works, publishes its outputs by renaming, and calls `record` last.
+Killed anywhere before that, it leaves the earlier entry or none, and the same command does the work
+again.
 """
 
 import ast
@@ -25,11 +26,22 @@ from rewardlib.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = "manifest.json"
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "joblib", "transformers", "peft", "trl", "datasets", "vllm")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "joblib",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "vllm",
+)
 LOCK_ENV = "REWARDLIB_LOCKED_DIR"
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 @contextmanager
@@ -100,11 +112,13 @@ def writable_dir(path):
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{path}: expected a writable folder, found: {error.strerror}; choose another one") from None
+        raise InputError(
+            f"{path}: expected a writable folder, found: {error.strerror}; choose another one"
+        ) from None
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------- digests
+# ------------------------------------------------------------------------------------------ digests
 
 
 def sha256(path):
@@ -131,8 +145,8 @@ def hash_of(content):
 def source_digests(script):
     """{file: sha256} of the script and of every file of this project that it imports, directly or through others.
 
-    Imports are read from the syntax trees, those inside functions included. The command line (rewardlib/cli) is left
-    out: what it does to a result stands in the arguments.
+    Imports are read from the syntax trees, those inside functions included. The command line
+    (rewardlib/cli) is left out: what it does to a result stands in the arguments.
     """
     digests, pending = {}, [Path(script).resolve()]
     while pending:
@@ -154,13 +168,19 @@ def _imported_files(path, digest, root):
         elif isinstance(node, ast.ImportFrom) and not node.level:
             modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     # importing a.b.c runs a/__init__.py and a/b/__init__.py as well
-    modules |= {module.rsplit(".", n)[0] for module in modules for n in range(1, module.count(".") + 1)}
+    modules |= {
+        module.rsplit(".", n)[0] for module in modules for n in range(1, module.count(".") + 1)
+    }
     places = [root.joinpath(*module.split(".")) for module in modules]
-    files = [file for place in places for file in (place.with_name(f"{place.name}.py"), place / "__init__.py")]
+    files = [
+        file
+        for place in places
+        for file in (place.with_name(f"{place.name}.py"), place / "__init__.py")
+    ]
     return tuple(file for file in files if file.is_file())
 
 
-# --------------------------------------------------------------------------------------------------------- manifest
+# ----------------------------------------------------------------------------------------- manifest
 
 
 def identity(script, arguments, inputs):
@@ -189,7 +209,9 @@ def describe_change(folder, name, work):
     if not entry:
         return []
     old, new = entry["arguments"], work["arguments"]
-    changes = [f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+    changes = [
+        f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)
+    ]
     for kind in ("inputs", "code"):
         changes += [f"{file} changed" for file in _differing(entry[kind], work[kind])]
     return changes
@@ -242,14 +264,15 @@ def package_versions():
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- lock
+# --------------------------------------------------------------------------------------------- lock
 
 
 @contextmanager
 def lock(folder):
     """Hold `folder` for this process. A second run says that it waits. Free when the process ends, however it ends.
 
-    run_all.sh holds the lock across its steps and names the folder in REWARDLIB_LOCKED_DIR, so its steps pass through.
+    run_all.sh holds the lock across its steps and names the folder in REWARDLIB_LOCKED_DIR, so its
+    steps pass through.
     """
     folder = Path(folder)
     held = os.environ.get(LOCK_ENV)

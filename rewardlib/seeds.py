@@ -16,4 +16,7 @@ def torch_seed(seed, *names):
 
 
 def _entropy(seed, names):
-    return [seed, *(zlib.crc32(name.encode()) if isinstance(name, str) else int(name) for name in names)]
+    return [
+        seed,
+        *(zlib.crc32(name.encode()) if isinstance(name, str) else int(name) for name in names),
+    ]

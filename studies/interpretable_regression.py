@@ -1,9 +1,10 @@
 """Stage 1 of the interpretable reward: a linear head per attribute, made uncorrelated with verbosity.
 
-Prompts are split into fit, validation, reference and held-out ones. Ridge regressions (ratings) or logistic regressions
-on score differences (pairwise concept labels) take their strength from the validation prompts and are fitted again to
-fit and validation prompts. The penalty of an attribute, score - penalty * verbosity score, is found on the reference
-prompts, which the heads have not seen. Held-out prompts are only measured on. Method: ArmoRM, arXiv 2406.12845.
+Prompts are split into fit, validation, reference and held-out ones. Ridge regressions (ratings) or
+logistic regressions on score differences (pairwise concept labels) take their strength from the
+validation prompts and are fitted again to fit and validation prompts. The penalty of an attribute,
+score - penalty * verbosity score, is found on the reference prompts, which the heads have not seen.
+Held-out prompts are only measured on. Method: ArmoRM, arXiv 2406.12845.
 
 Reads   --data: rated responses, or pairs with concept labels, as interpretable_prepare.py writes them
 Writes  OUTPUT_DIR/attribute_heads.safetensors  heads (A, D), penalties (A,), offsets (A,)
@@ -36,32 +37,68 @@ PATHS = ("data", "reference", "output_dir", "debug")
 def parse_args(argv=None):
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs and outputs")
-    group.add_argument("--data", required=True, help="prepared file, or a pattern of its shards, quoted")
-    group.add_argument("--labels", choices=("ratings", "pairwise"), default="ratings", help="what the labels are")
-    group.add_argument("--attributes", nargs="+", metavar="NAME", help="attributes to fit; None: all")
+    group.add_argument(
+        "--data", required=True, help="prepared file, or a pattern of its shards, quoted"
+    )
+    group.add_argument(
+        "--labels", choices=("ratings", "pairwise"), default="ratings", help="what the labels are"
+    )
+    group.add_argument(
+        "--attributes", nargs="+", metavar="NAME", help="attributes to fit; None: all"
+    )
     group.add_argument("--output_dir", default="interpretable_out", help="results")
     group = parser.add_argument_group("regression")
     group.add_argument(
-        "--intercept", type=kinds.switch, default=False, help="1: fit one to ratings; the paper's backbone needs none"
+        "--intercept",
+        type=kinds.switch,
+        default=False,
+        help="1: fit one to ratings; the paper's backbone needs none",
     )
     group = parser.add_argument_group("debiasing")
-    group.add_argument("--verbosity_attribute", default="verbosity", help="an attribute, or none: no debiasing")
     group.add_argument(
-        "--threshold", type=kinds.positive, default=multi_objective.THRESHOLD, help="largest |rho| on reference prompts"
+        "--verbosity_attribute", default="verbosity", help="an attribute, or none: no debiasing"
     )
-    group.add_argument("--penalty_search", choices=("root", "grid"), default="root", help="grid: the paper's 24 values")
-    group.add_argument("--allow_unreached", action="store_true", help="keep the nearest penalty where none suffices")
-    group.add_argument("--reference", help="prepared file to find penalties on; None: reference prompts of --data")
+    group.add_argument(
+        "--threshold",
+        type=kinds.positive,
+        default=multi_objective.THRESHOLD,
+        help="largest |rho| on reference prompts",
+    )
+    group.add_argument(
+        "--penalty_search",
+        choices=("root", "grid"),
+        default="root",
+        help="grid: the paper's 24 values",
+    )
+    group.add_argument(
+        "--allow_unreached",
+        action="store_true",
+        help="keep the nearest penalty where none suffices",
+    )
+    group.add_argument(
+        "--reference", help="prepared file to find penalties on; None: reference prompts of --data"
+    )
     group = parser.add_argument_group("split")
-    group.add_argument("--validation_share", type=share, default=0.15, help="of the rows, by prompt")
-    group.add_argument("--reference_share", type=share, default=0.15, help="of the rows, unless --reference is given")
+    group.add_argument(
+        "--validation_share", type=share, default=0.15, help="of the rows, by prompt"
+    )
+    group.add_argument(
+        "--reference_share",
+        type=share,
+        default=0.15,
+        help="of the rows, unless --reference is given",
+    )
     group.add_argument("--held_out_share", type=share, default=0.2, help="of the rows")
     group.add_argument("--seed", type=kinds.seed, default=6, help="of every random draw")
     args = parser.parse_args(argv)
     if args.reference and args.verbosity_attribute == "none":
-        raise InputError("--reference: expected a --verbosity_attribute beside it, found none; leave one of them out")
+        raise InputError(
+            "--reference: expected a --verbosity_attribute beside it, found none; leave one of them out"
+        )
     if args.intercept and args.labels == "pairwise":
-        raise InputError("--intercept: expected --labels ratings, found pairwise: differences have none; leave it out")
+        raise InputError(
+            "--intercept: expected --labels ratings, found pairwise: differences have none; leave it out"
+        )
     return args
 
 
@@ -75,13 +112,18 @@ def share(text):
 def main(argv=None):
     args = parse_args(argv)
     output_dir = artifacts.writable_dir(args.output_dir)
-    data = attribute_data.read(args.data, labels=True, pairs=args.labels == "pairwise", attributes=args.attributes)
+    data = attribute_data.read(
+        args.data, labels=True, pairs=args.labels == "pairwise", attributes=args.attributes
+    )
     verbosity = None if args.verbosity_attribute == "none" else args.verbosity_attribute
     if verbosity:
         data.column(verbosity)
     other = attribute_data.read(args.reference) if args.reference else None
     settings = {name: value for name, value in vars(args).items() if name not in PATHS}
-    inputs = {**data.digests, **{f"reference {name}": told for name, told in (other.digests if other else {}).items()}}
+    inputs = {
+        **data.digests,
+        **{f"reference {name}": told for name, told in (other.digests if other else {}).items()},
+    }
     with artifacts.lock(output_dir):
         work = artifacts.identity(__file__, settings, inputs)
         if artifacts.is_finished(output_dir, "regression", work):
@@ -90,14 +132,22 @@ def main(argv=None):
             return
         started = time.time()
         shares = shares_of(args, own_reference=bool(verbosity) and other is None)
-        split = attribute_data.split_prompts(data.groups, shares, seeds.rng(args.seed, "regression split"))
+        split = attribute_data.split_prompts(
+            data.groups, shares, seeds.rng(args.seed, "regression split")
+        )
 
         if args.labels == "pairwise":
             fitted = multi_objective.fit_pairwise(data, split["fit"], split["validation"])
         else:
-            fitted = multi_objective.fit_ridge(data, split["fit"], split["validation"], intercept=args.intercept)
+            fitted = multi_objective.fit_ridge(
+                data, split["fit"], split["validation"], intercept=args.intercept
+            )
         model = multi_objective.AttributeModel(
-            fitted.heads.astype(np.float32), np.zeros(len(data.attributes)), data.attributes, verbosity, fitted.offsets
+            fitted.heads.astype(np.float32),
+            np.zeros(len(data.attributes)),
+            data.attributes,
+            verbosity,
+            fitted.offsets,
         )
         prompts = {role: np.unique(data.groups[rows]) for role, rows in split.items()}
         debiasing = None
@@ -106,13 +156,20 @@ def main(argv=None):
             prompts["reference"] = np.unique((other or data).groups[rows])
             reference = multi_objective.score_responses(model, other or data, rows)
             search = args.threshold, args.penalty_search, args.allow_unreached
-            found = multi_objective.find_penalties(reference[0], data.attributes, verbosity, *search)
+            found = multi_objective.find_penalties(
+                reference[0], data.attributes, verbosity, *search
+            )
             model = replace(model, penalties=found.penalties)
             held_out = multi_objective.score_responses(model, data, split["held_out"])
             debiasing = describe_debiasing(args, model, found, reference, held_out)
         record = {
             "settings": settings,
-            "data": {"path": str(args.data), "source": data.source, "n": len(data.ids), "left_out": len(data.left_out)},
+            "data": {
+                "path": str(args.data),
+                "source": data.source,
+                "n": len(data.ids),
+                "left_out": len(data.left_out),
+            },
             "n_prompts": {role: len(np.unique(data.groups[rows])) for role, rows in split.items()},
             "n_rows": {role: len(rows) for role, rows in split.items()},
             "attributes": list(data.attributes),
@@ -125,7 +182,9 @@ def main(argv=None):
         artifacts.write_json(output_dir / RECORD, record)
         artifacts.record(output_dir, "regression", work, OUTPUTS, started)
         report(artifacts.read_json(output_dir / RECORD, multi_objective.MADE_BY))
-        print(f"regression: wrote {', '.join(OUTPUTS)} to {output_dir}; next: studies/interpretable_gating.py")
+        print(
+            f"regression: wrote {', '.join(OUTPUTS)} to {output_dir}; next: studies/interpretable_gating.py"
+        )
 
 
 def shares_of(args, own_reference):
@@ -141,9 +200,13 @@ def unseen_rows(other, data):
     """Rows of the reference file whose prompts are not in the data."""
     known = np.isin(other.groups, data.groups)
     if known.any():
-        print(f"regression: {known.sum()} of {len(known)} rows of {other.path} have prompts of {data.path}: left out")
+        print(
+            f"regression: {known.sum()} of {len(known)} rows of {other.path} have prompts of {data.path}: left out"
+        )
     if known.all():
-        raise InputError(f"{other.path}: expected prompts that {data.path} has not, found none; take another reference")
+        raise InputError(
+            f"{other.path}: expected prompts that {data.path} has not, found none; take another reference"
+        )
     return np.flatnonzero(~known)
 
 
@@ -157,13 +220,21 @@ def describe_regression(args, model, fitted, data, split):
         constant = float(np.nanmean(data.labels[train, a], dtype=float))
         if data.is_pairs:
             constant = logit(np.clip(constant, 1e-6, 1 - 1e-6))
-        measure = attribute_metrics.of_preferences if data.is_pairs else attribute_metrics.of_ratings
+        measure = (
+            attribute_metrics.of_preferences if data.is_pairs else attribute_metrics.of_ratings
+        )
         rng = seeds.rng(args.seed, "resample", name)
         result[name] = {
-            "n": {role: int(np.isfinite(data.labels[part, a]).sum()) for role, part in split.items()},
+            "n": {
+                role: int(np.isfinite(data.labels[part, a]).sum()) for role, part in split.items()
+            },
             "strength": fitted.strengths[a],
-            "validation_loss": {f"{s:g}": fitted.losses[i, a] for i, s in enumerate(multi_objective.STRENGTHS)},
-            "held_out": measure(predicted[:, a], data.labels[rows, a], data.groups[rows], constant, rng),
+            "validation_loss": {
+                f"{s:g}": fitted.losses[i, a] for i, s in enumerate(multi_objective.STRENGTHS)
+            },
+            "held_out": measure(
+                predicted[:, a], data.labels[rows, a], data.groups[rows], constant, rng
+            ),
         }
     return result
 
@@ -175,7 +246,10 @@ def describe_debiasing(args, model, found, reference, held_out):
         tried = [[penalty, null_if_nan(rho)] for penalty, rho in found.tried[a]]
         result[name] = {"penalty": model.penalties[a], "tried": tried}
         for part, (raw, groups) in (("reference", reference), ("held_out", held_out)):
-            rng, debiased = seeds.rng(args.seed, "rho", part, name), multi_objective.debias(model, raw)
+            rng, debiased = (
+                seeds.rng(args.seed, "rho", part, name),
+                multi_objective.debias(model, raw),
+            )
             result[name][part] = {
                 "before": attribute_metrics.spearman(raw[:, a], raw[:, v], groups, rng),
                 "after": attribute_metrics.spearman(debiased[:, a], raw[:, v], groups, rng),
@@ -183,25 +257,48 @@ def describe_debiasing(args, model, found, reference, held_out):
     return {
         "threshold": args.threshold,
         "search": args.penalty_search,
-        "reference": {"path": args.reference, "n": len(reference[0]), "n_prompts": len(np.unique(reference[1]))},
+        "reference": {
+            "path": args.reference,
+            "n": len(reference[0]),
+            "n_prompts": len(np.unique(reference[1])),
+        },
         "unreached": found.unreached,
         "attributes": result,
     }
 
 
 def report(record):
-    print("regression: " + ", ".join(f"{part} {n} prompts" for part, n in record["n_prompts"].items()))
-    columns = ("log_loss", "accuracy") if record["settings"]["labels"] == "pairwise" else ("mse", "r2", "spearman")
+    print(
+        "regression: " + ", ".join(f"{part} {n} prompts" for part, n in record["n_prompts"].items())
+    )
+    columns = (
+        ("log_loss", "accuracy")
+        if record["settings"]["labels"] == "pairwise"
+        else ("mse", "r2", "spearman")
+    )
     error = columns[0]
     print(f"held-out prompts [95 % interval]; constant: {error} of the mean training label")
-    print(f"{'':26}{'labels':>8}{'strength':>9}" + "".join(f" {c:>26}" for c in (*columns, "constant")))
+    print(
+        f"{'':26}{'labels':>8}{'strength':>9}"
+        + "".join(f" {c:>26}" for c in (*columns, "constant"))
+    )
     for name, row in record["regression"].items():
         held, constant = row["held_out"], row["held_out"]["baseline"]
-        cells = [*(tables.with_interval(held, column) for column in columns), tables.with_interval(constant, error)]
+        cells = [
+            *(tables.with_interval(held, column) for column in columns),
+            tables.with_interval(constant, error),
+        ]
         n = row["n"]["fit"] + row["n"]["validation"]
-        print(f"  {name[:23]:24}{n:>8}{row['strength']:>9g}" + "".join(f" {cell:>26}" for cell in cells))
+        print(
+            f"  {name[:23]:24}{n:>8}{row['strength']:>9g}"
+            + "".join(f" {cell:>26}" for cell in cells)
+        )
         if held[error] is not None and held[error] > constant[error]:
-            hint = "" if record["settings"]["intercept"] or error != "mse" else "; --intercept 1 may mend it"
+            hint = (
+                ""
+                if record["settings"]["intercept"] or error != "mse"
+                else "; --intercept 1 may mend it"
+            )
             print(f"  warning: {name} is predicted worse than by a constant{hint}")
     if record["debiasing"]:
         report_debiasing(record["debiasing"], record["verbosity"])
@@ -216,14 +313,26 @@ def report_debiasing(debiasing, verbosity):
     print(f"{'':26}{'penalty':>10}{'reference':>19}{'held out':>50}")
     for name, row in debiasing["attributes"].items():
         if name != verbosity:
-            near = [tables.with_interval(row["reference"][when], "spearman").split()[0] for when in ("before", "after")]
-            held = [tables.with_interval(row["held_out"][when], "spearman") for when in ("before", "after")]
-            print(f"  {name[:23]:24}{row['penalty']:>10.4g}{' -> '.join(near):>19}{' -> '.join(held):>50}")
+            near = [
+                tables.with_interval(row["reference"][when], "spearman").split()[0]
+                for when in ("before", "after")
+            ]
+            held = [
+                tables.with_interval(row["held_out"][when], "spearman")
+                for when in ("before", "after")
+            ]
+            print(
+                f"  {name[:23]:24}{row['penalty']:>10.4g}{' -> '.join(near):>19}{' -> '.join(held):>50}"
+            )
             low, high = row["held_out"]["after"]["spearman_ci95"]
             if low is not None and (low > debiasing["threshold"] or high < -debiasing["threshold"]):
-                print(f"  warning: {name} keeps more than that on held-out prompts; find the penalty on more prompts")
+                print(
+                    f"  warning: {name} keeps more than that on held-out prompts; find the penalty on more prompts"
+                )
     if debiasing["unreached"]:
-        print(f"  warning: |rho| stays above {debiasing['threshold']:g} for {', '.join(debiasing['unreached'])}")
+        print(
+            f"  warning: |rho| stays above {debiasing['threshold']:g} for {', '.join(debiasing['unreached'])}"
+        )
 
 
 if __name__ == "__main__":

@@ -17,12 +17,16 @@ from studies.interpretable import report
 
 def parse_args(argv=None):
     parser = console.parser(__doc__)
-    parser.add_argument("output_dir", type=Path, help="OUTPUT_DIR in which regression and gating have finished")
+    parser.add_argument(
+        "output_dir", type=Path, help="OUTPUT_DIR in which regression and gating have finished"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    folder = console.existing_folder(parse_args(argv).output_dir, "the OUTPUT_DIR of a finished run")
+    folder = console.existing_folder(
+        parse_args(argv).output_dir, "the OUTPUT_DIR of a finished run"
+    )
     with artifacts.lock(artifacts.writable_dir(folder)):
         page, left_out = report.write(folder)
     if left_out:

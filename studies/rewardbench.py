@@ -38,20 +38,36 @@ def parse_args(argv=None):
     parser = console.parser(__doc__)
     group = parser.add_argument_group("benchmarks (prepared files)")
     group.add_argument("--pairs", help="RewardBench 1, with its subset names")
-    group.add_argument("--prior_sets", help="the prior sets, with their subset names; needs --pairs")
-    group.add_argument("--groups", type=named_file, nargs="+", default=[], metavar="NAME=FILE", help="best of n")
-    group.add_argument("--styles", type=named_file, nargs="+", default=[], metavar="NAME=FILE", help="3 x 3 styles")
-    group.add_argument("--domains", type=named_file, nargs="+", default=[], metavar="NAME=FILE", help="other pairs")
+    group.add_argument(
+        "--prior_sets", help="the prior sets, with their subset names; needs --pairs"
+    )
+    group.add_argument(
+        "--groups", type=named_file, nargs="+", default=[], metavar="NAME=FILE", help="best of n"
+    )
+    group.add_argument(
+        "--styles", type=named_file, nargs="+", default=[], metavar="NAME=FILE", help="3 x 3 styles"
+    )
+    group.add_argument(
+        "--domains", type=named_file, nargs="+", default=[], metavar="NAME=FILE", help="other pairs"
+    )
     group = parser.add_argument_group("run")
-    group.add_argument("--model_dir", default="interpretable_out", help="where the gate and the attribute heads are")
+    group.add_argument(
+        "--model_dir",
+        default="interpretable_out",
+        help="where the gate and the attribute heads are",
+    )
     group.add_argument("--output_dir", help="results; None: --model_dir")
     group.add_argument("--seed", type=kinds.seed, default=6, help="of the intervals")
     args = parser.parse_args(argv)
     if args.prior_sets and not args.pairs:
-        raise InputError("--prior_sets: expected --pairs beside it, found none; without it give --domains")
+        raise InputError(
+            "--prior_sets: expected --pairs beside it, found none; without it give --domains"
+        )
     names = [name for name, _ in args.groups + args.styles + args.domains]
     if not args.pairs and not names:
-        raise InputError("expected at least one benchmark, found none; give --pairs, --groups, --styles or --domains")
+        raise InputError(
+            "expected at least one benchmark, found none; give --pairs, --groups, --styles or --domains"
+        )
     if len({REWARDBENCH, PAIRS, PRIOR, *names}) < 3 + len(names):
         raise InputError(
             f"expected names that differ from each other and from {REWARDBENCH}, {PAIRS} and {PRIOR}, found "
@@ -70,16 +86,26 @@ def named_file(text):
 def main(argv=None):
     args = parse_args(argv)
     output_dir = artifacts.writable_dir(args.output_dir or args.model_dir)
-    paths = {PAIRS: args.pairs, PRIOR: args.prior_sets, **dict(args.groups + args.styles + args.domains)}
+    paths = {
+        PAIRS: args.pairs,
+        PRIOR: args.prior_sets,
+        **dict(args.groups + args.styles + args.domains),
+    }
     rated = {name for name, _ in args.groups}
     data = {name: read(path, name in rated) for name, path in paths.items() if path}
     for each in data.values():
         gated = gating.load(args.model_dir, each)
     seen = {name: gating.prompts_of_gate(args.model_dir, each) for name, each in data.items()}
     rows = {name: unseen(each, seen[name][0]) for name, each in data.items()}
-    inputs = {f"{name} {file}": digest for name, each in data.items() for file, digest in each.digests.items()}
+    inputs = {
+        f"{name} {file}": digest
+        for name, each in data.items()
+        for file, digest in each.digests.items()
+    }
     inputs |= {name: artifacts.sha256(Path(args.model_dir) / name) for name in READ_FROM_MODEL_DIR}
-    told = {k: sorted(name for name, _ in getattr(args, k)) for k in ("groups", "styles", "domains")}
+    told = {
+        k: sorted(name for name, _ in getattr(args, k)) for k in ("groups", "styles", "domains")
+    }
     with artifacts.lock(output_dir):
         work = artifacts.identity(__file__, {**told, "seed": args.seed}, inputs)
         if artifacts.is_finished(output_dir, "rewardbench", work):
@@ -97,7 +123,11 @@ def main(argv=None):
             prior = of.get(PRIOR)
             table = rewardbench.rewardbench(*of[PAIRS], args.seed, prior)
             missing = rewardbench.missing_subsets(of[PAIRS][1])
-            results["benchmarks"][REWARDBENCH] = {"kind": "rewardbench", "missing_subsets": missing, "methods": table}
+            results["benchmarks"][REWARDBENCH] = {
+                "kind": "rewardbench",
+                "missing_subsets": missing,
+                "methods": table,
+            }
         for name, _ in args.groups:
             scores, *where = of[name]
             right = right_ones(data[name])[rows[name]]
@@ -105,13 +135,19 @@ def main(argv=None):
             results["benchmarks"][name] = {"kind": "groups", "methods": table}
         for name, _ in args.styles:
             table = rewardbench.style_table(*of[name], args.seed, name)
-            results["benchmarks"][name] = {"kind": "styles", "styles": rewardbench.STYLES, "methods": table}
+            results["benchmarks"][name] = {
+                "kind": "styles",
+                "styles": rewardbench.STYLES,
+                "methods": table,
+            }
         for name, _ in args.domains:
             table = rewardbench.domains(*of[name], args.seed, name)
             results["benchmarks"][name] = {"kind": "domains", "methods": table}
         results["best_single"] = gated.single
         results["weights"] = {
-            REWARDBENCH if name == PAIRS else name: gating.weights_by_subset(gated, each, rows[name])
+            REWARDBENCH if name == PAIRS else name: gating.weights_by_subset(
+                gated, each, rows[name]
+            )
             for name, each in data.items()
         }
         results["rows"] = {
@@ -143,7 +179,9 @@ def unseen(data, seen):
     """The rows of `data` whose prompts are not among `seen`."""
     rows = np.flatnonzero(~np.isin(data.groups, seen))
     if not len(rows):
-        raise InputError(f"{data.path}: expected prompts that the gate was not fitted on, found none; give other data")
+        raise InputError(
+            f"{data.path}: expected prompts that the gate was not fitted on, found none; give other data"
+        )
     return rows
 
 
@@ -153,23 +191,35 @@ def right_ones(data):
     bad = ~np.isin(labels, (0, 1))
     if bad.any():
         row = int(np.argmax(bad))
-        raise InputError(f"{data.path}: {CORRECT}: expected 0 or 1 in every row, found {labels[row]} in row {row}")
+        raise InputError(
+            f"{data.path}: {CORRECT}: expected 0 or 1 in every row, found {labels[row]} in row {row}"
+        )
     return labels == 1
 
 
 def report(results):
     for name, rows in results["rows"].items():
         if rows["too_long"]:
-            print(f"rewardbench: {name}: {rows['too_long']} rows were too long to prepare and are not scored")
+            print(
+                f"rewardbench: {name}: {rows['too_long']} rows were too long to prepare and are not scored"
+            )
         if rows["of_prompts_trained_on"]:
-            print(f"rewardbench: {name}: {rows['of_prompts_trained_on']} rows of prompts that were trained on left out")
+            print(
+                f"rewardbench: {name}: {rows['of_prompts_trained_on']} rows of prompts that were trained on left out"
+            )
         if not rows["overlap_is_known"]:
-            print(f"rewardbench: {name}: whether its prompts were trained on cannot be told of all from the files")
+            print(
+                f"rewardbench: {name}: whether its prompts were trained on cannot be told of all from the files"
+            )
     for name, benchmark in results["benchmarks"].items():
         methods, kind = benchmark["methods"], benchmark["kind"]
-        columns = {"rewardbench": rewardbench_columns, "styles": style_columns}.get(kind, domain_columns)(methods)
+        columns = {"rewardbench": rewardbench_columns, "styles": style_columns}.get(
+            kind, domain_columns
+        )(methods)
         print(f"{name}: accuracy [95 % interval], ties are wrong")
-        labels = {m: f"{m} ({results['best_single']})" if m == "best_single" else m for m in methods}
+        labels = {
+            m: f"{m} ({results['best_single']})" if m == "best_single" else m for m in methods
+        }
         for start in range(0, len(columns), 4):
             shown = list(columns.items())[start : start + 4]
             print(f"{'':39}" + "".join(f"{title[-27:]:>28}" for title, _ in shown))
@@ -180,9 +230,18 @@ def report(results):
             print(f"  no score for {section}: {', '.join(subsets)} missing")
         if kind == "rewardbench":
             for subset, row in methods["gate"]["subsets"].items():
-                count = row["n"] if row["n"] == row["n_official"] else f"{row['n']} of {row['n_official']}"
-                told = [tables.with_interval(methods[m]["subsets"][subset], "accuracy") for m in ("gate", "uniform")]
-                print(f"  {subset:24}{count!s:>12}{'gate':>8}{told[0]:>24}{'uniform':>10}{told[1]:>24}")
+                count = (
+                    row["n"]
+                    if row["n"] == row["n_official"]
+                    else f"{row['n']} of {row['n_official']}"
+                )
+                told = [
+                    tables.with_interval(methods[m]["subsets"][subset], "accuracy")
+                    for m in ("gate", "uniform")
+                ]
+                print(
+                    f"  {subset:24}{count!s:>12}{'gate':>8}{told[0]:>24}{'uniform':>10}{told[1]:>24}"
+                )
 
 
 def rewardbench_columns(methods):
@@ -190,19 +249,28 @@ def rewardbench_columns(methods):
     sections = {s: (lambda row, s=s: (row["sections"][s], "accuracy")) for s in gate["sections"]}
     prior = {"prior sets": lambda row: (row["prior_sets"], "accuracy")}
     prior |= {"overall, prior sets": lambda row: (row, "overall_with_prior_sets")}
-    return sections | {"overall": lambda row: (row, "overall")} | (prior if "prior_sets" in gate else {})
+    return (
+        sections
+        | {"overall": lambda row: (row, "overall")}
+        | (prior if "prior_sets" in gate else {})
+    )
 
 
 def style_columns(methods):
     return {
         f"{subset}, {level}": (lambda row, s=subset, k=key: (row[s], k))
         for subset in methods["gate"]
-        for level, key in {"all": "accuracy", **{level: level for level in rewardbench.LEVELS}}.items()
+        for level, key in {
+            "all": "accuracy",
+            **{level: level for level in rewardbench.LEVELS},
+        }.items()
     }
 
 
 def domain_columns(methods):
-    named = {s: (lambda row, s=s: (row["domains"][s], "accuracy")) for s in methods["gate"]["domains"]}
+    named = {
+        s: (lambda row, s=s: (row["domains"][s], "accuracy")) for s in methods["gate"]["domains"]
+    }
     both = {"mean": lambda row: (row, "mean_of_domains"), "all examples": lambda row: (row, "all")}
     return named | both if len(named) > 1 else named
 

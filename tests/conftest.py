@@ -27,7 +27,16 @@ def plain_environment(monkeypatch):
 
 
 def make_data(folder, *flags):
-    sizes = ["--n_prompts", "60", "--n_splits", "5", "--n_test_prompts", "20", "--n_test_splits", "12"]
+    sizes = [
+        "--n_prompts",
+        "60",
+        "--n_splits",
+        "5",
+        "--n_test_prompts",
+        "20",
+        "--n_test_splits",
+        "12",
+    ]
     generate_demo_data.main([*sizes, "--emb_dim", "24", "--output_dir", str(folder), *flags])
     return folder
 

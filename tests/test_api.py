@@ -35,18 +35,28 @@ bon_500 = calc_bon(rm_predictions, test_rewards, N=500); rho = calc_spearmanr(rm
 """  # noqa: E501
 LONG = "embd_model_name_gemma2b_dataset_orig_hh-rlhf-harmless-gpt4_gen_pref_model_name_gemma2b_golden_rm_name_ray"
 NAMES = {
-    1: ("EMBD_hh-rlhf-harmless-gpt4_gemma2b_gemma2b_{}.npy", "REWARD_hh-rlhf-harmless-gpt4_ray_gemma2b_{}.npy"),
+    1: (
+        "EMBD_hh-rlhf-harmless-gpt4_gemma2b_gemma2b_{}.npy",
+        "REWARD_hh-rlhf-harmless-gpt4_ray_gemma2b_{}.npy",
+    ),
     2: (f"EMBD-{{}}-{LONG}.npy", f"REWARD-{{}}-{LONG}.npy"),
     "2 short": (f"EMBD-{{}}-{LONG}.npy", "REWARD-{}-harmless-gpt4-gemma2b.npy"),
     3: ("embd_Gemma2b-sft_Gemma2b_Harmless_{}.npy", "reward_Gemma2b-sft_Gemma2b_Harmless_{}.npy"),
 }
-CALL = {"task": "Harmless", "res_gen_model": "Gemma2b-sft", "embed_model": "Gemma2b", "split": "train"}
+CALL = {
+    "task": "Harmless",
+    "res_gen_model": "Gemma2b-sft",
+    "embed_model": "Gemma2b",
+    "split": "train",
+}
 
 
 def values(k=K, n=N, d=D, plus=0):
     """(N, K, D) embeddings 100 k + 10 n + d and (N, K, 1) rewards 10 k + n, so that each value tells its place."""
     ns, ks, ds = np.meshgrid(range(n), range(k), range(d), indexing="ij")
-    return (100 * ks + 10 * ns + ds + plus).astype(np.float32), (10.0 * ks + ns + plus)[:, :, :1].astype(np.float32)
+    return (100 * ks + 10 * ns + ds + plus).astype(np.float32), (10.0 * ks + ns + plus)[
+        :, :, :1
+    ].astype(np.float32)
 
 
 def publish(folder, form=3, split="train", data=None, order=None, reward_order=None, trailing=None):
@@ -57,7 +67,10 @@ def publish(folder, form=3, split="train", data=None, order=None, reward_order=N
     names = [name.format(split if form in (1, 3) else split.upper()) for name in NAMES[form]]
     folder.mkdir(exist_ok=True, parents=True)
     np.save(folder / names[0], embedding if order == "NKD" else embedding.swapaxes(0, 1).copy())
-    np.save(folder / names[1], reward[:, :, None].copy() if (form == 3 if trailing is None else trailing) else reward)
+    np.save(
+        folder / names[1],
+        reward[:, :, None].copy() if (form == 3 if trailing is None else trailing) else reward,
+    )
     return [folder / name for name in names]
 
 
@@ -88,7 +101,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-# ---------------------------------------------------------------------------------------------------------- the snippet
+# -------------------------------------------------------------------------------------- the snippet
 
 
 def _statements(page):
@@ -105,12 +118,21 @@ def test_the_snippet_verbatim(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EMBD_REPO_DIR", str(tmp_path))
     found = {name: getattr(rewardlib, name) for name in rewardlib.PUBLIC}
     exec(SNIPPET, found)
-    assert found["train_embeddings"].shape == (1000, 10, 2) and found["train_rewards"].shape == (1000, 10, 1)
-    assert found["train_comparisons"].shape == (10000, 2, 2) and found["train_labels"].shape == (10000,)
+    assert found["train_embeddings"].shape == (1000, 10, 2) and found["train_rewards"].shape == (
+        1000,
+        10,
+        1,
+    )
+    assert found["train_comparisons"].shape == (10000, 2, 2) and found["train_labels"].shape == (
+        10000,
+    )
     assert found["rm_predictions"].shape == found["test_rewards"].shape == (501, 500, 1)
     best = calc_bon(found["test_rewards"], found["test_rewards"], 500)
     assert 0.3 < found["rho"] <= 1 and 1 < found["bon_500"] <= best
-    assert "10000 random pairs on 1000 prompts; 0 of equal reward left out; label error 0.4" in capsys.readouterr().out
+    assert (
+        "10000 random pairs on 1000 prompts; 0 of equal reward left out; label error 0.4"
+        in capsys.readouterr().out
+    )
     told = _statements((ROOT / "docs" / "api.md").read_text())
     assert all(ast.unparse(step) in told for step in ast.parse(SNIPPET).body)
 
@@ -119,24 +141,32 @@ def test_importing_the_library_is_light():
     code = "import sys, rewardlib; assert not {'numpy', 'scipy', 'sklearn', 'torch'} & set(sys.modules), 1"
     loading = "from rewardlib import calc_bon; assert 'torch' not in sys.modules and 'sklearn' not in sys.modules, 2"
     subprocess.run([sys.executable, "-c", f"{code}; {loading}"], cwd=ROOT, check=True)
-    assert {"load_embd_data", "pair_annotate", "calc_bon", "calc_spearmanr", "__version__"} <= set(dir(rewardlib))
+    assert {"load_embd_data", "pair_annotate", "calc_bon", "calc_spearmanr", "__version__"} <= set(
+        dir(rewardlib)
+    )
     with pytest.raises(AttributeError, match="'rewardlib' has no attribute 'calc_best'"):
         _ = rewardlib.calc_best
 
 
-# ----------------------------------------------------------------------------------------------------- formats and axes
+# --------------------------------------------------------------------------------- formats and axes
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("form", NAMES)
 def test_each_format_is_found_and_mapped_in_one_order(tmp_path, form, split, capsys):
-    for other, data in ((split, values()), ({"train": "test", "test": "train"}[split], values(5, 7))):
+    for other, data in (
+        (split, values()),
+        ({"train": "test", "test": "train"}[split], values(5, 7)),
+    ):
         publish(tmp_path / "deep" / "er", form, other, data)
     loaded = load(tmp_path, split=split.upper())
     check(loaded)
     assert loaded[0][2, 1, 1] == 121 and loaded[1][2, 1, 0] == 12
     line = capsys.readouterr().out
-    assert f"load_embd_data: {split}: 4 prompts x 3 responses x 2 dimensions, float32, from {tmp_path}" in line
+    assert (
+        f"load_embd_data: {split}: 4 prompts x 3 responses x 2 dimensions, float32, from {tmp_path}"
+        in line
+    )
     assert f"(format {str(form)[0]}, {'NKD' if form == 3 else 'KND'})" in line
 
 
@@ -158,7 +188,9 @@ def test_every_axis_order(tmp_path, form, order, reward_order, trailing):
 def test_equal_axes_are_refused_until_told(tmp_path):
     data = values(3, 3)
     publish(tmp_path, 3, data=data)
-    with pytest.raises(InputError, match=r"both axis orders fit .*; give axes='KND' or axes='NKD'$"):
+    with pytest.raises(
+        InputError, match=r"both axis orders fit .*; give axes='KND' or axes='NKD'$"
+    ):
         load(tmp_path)
     check(load(tmp_path, axes="NKD"), data)
     check(load(tmp_path, axes="KND"), [array.swapaxes(0, 1) for array in data])
@@ -185,16 +217,22 @@ def test_max_prompts_takes_the_first(tmp_path, form, capsys):
     check(load(tmp_path, max_prompts=2), [array[:2] for array in values()])
     assert "train: 2 prompts x 3 responses" in capsys.readouterr().out
     check(load(tmp_path, max_prompts=np.int64(9)))
-    assert "all 4 prompts are taken; max_prompts 9 is more than there are" in capsys.readouterr().out
+    assert (
+        "all 4 prompts are taken; max_prompts 9 is more than there are" in capsys.readouterr().out
+    )
     for wrong in (0, 2.0, "all"):
-        with pytest.raises(InputError, match="max_prompts: expected a whole number of at least 1, found"):
+        with pytest.raises(
+            InputError, match="max_prompts: expected a whole number of at least 1, found"
+        ):
             load(tmp_path, max_prompts=wrong)
 
 
-# --------------------------------------------------------------------------------------------------- names and the root
+# ------------------------------------------------------------------------------- names and the root
 
 
-@pytest.mark.parametrize("names", [("harmless", "gemma2b-sft", "gemma2b"), ("HARMLESS", "GEMMA2B-SFT", "Gemma2B")])
+@pytest.mark.parametrize(
+    "names", [("harmless", "gemma2b-sft", "gemma2b"), ("HARMLESS", "GEMMA2B-SFT", "Gemma2B")]
+)
 @pytest.mark.parametrize("form", NAMES)
 def test_names_are_found_case_aside(tmp_path, form, names):
     publish(tmp_path, form)
@@ -203,12 +241,17 @@ def test_names_are_found_case_aside(tmp_path, form, names):
 
 def test_tuned_and_plain_generators_are_told_apart(tmp_path):
     embedding, reward = publish(tmp_path, 3)
-    with pytest.raises(InputError, match=r"expected a train embedding file .*embd_gemma2b_Gemma2b_Harmless_train.npy"):
+    with pytest.raises(
+        InputError,
+        match=r"expected a train embedding file .*embd_gemma2b_Gemma2b_Harmless_train.npy",
+    ):
         load(tmp_path, res_gen_model="gemma2b")
     for path in (embedding, reward):
         path.rename(path.with_name(path.name.replace("-sft", "")))
     check(load(tmp_path, res_gen_model="gemma2b"))
-    with pytest.raises(InputError, match="similar: embd_Gemma2b_Gemma2b_Harmless_train.npy; set dataset=, task="):
+    with pytest.raises(
+        InputError, match="similar: embd_Gemma2b_Gemma2b_Harmless_train.npy; set dataset=, task="
+    ):
         load(tmp_path)
 
 
@@ -237,8 +280,13 @@ def test_two_data_sets_are_listed_and_dataset_settles(tmp_path):
 
 def test_two_reward_models_are_listed_and_reward_model_settles(tmp_path):
     publish(tmp_path, 1)
-    np.save(tmp_path / "REWARD_hh-rlhf-harmless-gpt4_Other_gemma2b_train.npy", values()[1][:, :, 0].T + 1)
-    with pytest.raises(InputError, match=r"expected one train reward file, found 2: .*reward_model='Other\|ray'"):
+    np.save(
+        tmp_path / "REWARD_hh-rlhf-harmless-gpt4_Other_gemma2b_train.npy",
+        values()[1][:, :, 0].T + 1,
+    )
+    with pytest.raises(
+        InputError, match=r"expected one train reward file, found 2: .*reward_model='Other\|ray'"
+    ):
         load(tmp_path)
     check(load(tmp_path, reward_model="other"), (values()[0], values()[1] + 1))
 
@@ -246,7 +294,9 @@ def test_two_reward_models_are_listed_and_reward_model_settles(tmp_path):
 def test_two_formats_are_listed_and_a_root_settles(tmp_path):
     publish(tmp_path / "one", 1)
     publish(tmp_path / "three", 3)
-    with pytest.raises(InputError, match="found 2: three/embd_.*one/EMBD_.*choose with a root that holds only"):
+    with pytest.raises(
+        InputError, match="found 2: three/embd_.*one/EMBD_.*choose with a root that holds only"
+    ):
         load(tmp_path)
     check(load(tmp_path / "three"))
 
@@ -270,16 +320,24 @@ def test_without_a_root(tmp_path, monkeypatch):
     shutil.rmtree("embd")
     shutil.rmtree("elsewhere")
     check(load(None), values(plus=10))
-    with pytest.raises(InputError, match="absent: expected a folder .* check root, or set EMBD_REPO_DIR"):
+    with pytest.raises(
+        InputError, match="absent: expected a folder .* check root, or set EMBD_REPO_DIR"
+    ):
         load("absent")
 
 
 def test_what_is_missing_is_named(tmp_path):
     _, reward = publish(tmp_path)
     reward.unlink()
-    with pytest.raises(InputError, match=r"expected a train reward file for embd_Gemma2b-sft.* named reward_Gemma2b-s"):
+    with pytest.raises(
+        InputError,
+        match=r"expected a train reward file for embd_Gemma2b-sft.* named reward_Gemma2b-s",
+    ):
         load(tmp_path)
-    with pytest.raises(InputError, match=r"named EMBD_hh-rlhf-Harmless-gpt4_Gemma2b_Gemma2b-sft_test.npy or .* found "):
+    with pytest.raises(
+        InputError,
+        match=r"named EMBD_hh-rlhf-Harmless-gpt4_Gemma2b_Gemma2b-sft_test.npy or .* found ",
+    ):
         load(tmp_path, split="test")
 
 
@@ -305,7 +363,7 @@ def test_a_cut_file_is_refused(tmp_path):
         load(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- DATA_DIR
+# ----------------------------------------------------------------------------------------- DATA_DIR
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +372,9 @@ def converted(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
     publish(root / "src", 1)
     names = ["--task", "harmless", "--embed_model", "gemma2b", "--gen_model", "gemma2b"]
-    convert_embeddings.main(["--embd_dir", str(root / "src"), *names, "--output_dir", str(root / "data")])
+    convert_embeddings.main(
+        ["--embd_dir", str(root / "src"), *names, "--output_dir", str(root / "data")]
+    )
     shutil.rmtree(root / "src")
     return root
 
@@ -323,14 +383,20 @@ def test_a_data_dir_is_mapped_file_by_file(data, capsys):
     for split, shape in (("train", (60, 5, 24)), ("test", (20, 12, 24))):
         stacked, rewards = load(data, split=split)
         files = [np.load(data / embeddings.file_names(split, k)[0]) for k in range(shape[1])]
-        assert stacked.shape == shape and rewards.shape == (*shape[:2], 1) and rewards.dtype == np.float64
+        assert (
+            stacked.shape == shape
+            and rewards.shape == (*shape[:2], 1)
+            and rewards.dtype == np.float64
+        )
         assert len(stacked) == shape[0] and stacked.ndim == 3 and stacked.dtype == np.float32
         assert all(map(is_mapped, stacked.arrays))
         np.testing.assert_array_equal(np.asarray(stacked), np.stack(files, 1))
         np.testing.assert_array_equal(rewards[:, :, 0], embeddings.load(data, split).rewards)
     assert f"from DATA_DIR {data} (it records no names to compare)" in capsys.readouterr().out
     few, rewards = load(data, max_prompts=7)
-    assert few.shape == (7, 5, 24) and rewards.shape == (7, 5, 1) and all(map(is_mapped, few.arrays))
+    assert (
+        few.shape == (7, 5, 24) and rewards.shape == (7, 5, 1) and all(map(is_mapped, few.arrays))
+    )
 
 
 KEYS = [
@@ -357,7 +423,9 @@ def test_stacked_files_refuse_what_they_cannot_index():
             stacked[key]
     with pytest.raises(ValueError, match="the 3 files are not one array in memory"):
         np.array(stacked, copy=False)
-    assert np.asarray(stacked, np.float64).dtype == np.float64 and np.array(stacked, copy=True).shape == (N, K, D)
+    assert np.asarray(stacked, np.float64).dtype == np.float64 and np.array(
+        stacked, copy=True
+    ).shape == (N, K, D)
     assert repr(stacked) == "StackedFiles(shape=(4, 3, 2), dtype=float32)"
 
 
@@ -365,8 +433,14 @@ def test_a_data_dir_below_the_root_is_found_by_the_names_it_was_made_from(conver
     stacked, rewards = load(converted, res_gen_model="gemma2b")
     np.testing.assert_array_equal(stacked[:], values()[0])
     np.testing.assert_array_equal(rewards, values()[1])
-    assert "made from EMBD_hh-rlhf-harmless-gpt4_gemma2b_gemma2b_train.npy" in capsys.readouterr().out
-    assert load(converted)[0].shape == load(converted / "data", reward_model="Ray")[0].shape == (N, K, D)
+    assert (
+        "made from EMBD_hh-rlhf-harmless-gpt4_gemma2b_gemma2b_train.npy" in capsys.readouterr().out
+    )
+    assert (
+        load(converted)[0].shape
+        == load(converted / "data", reward_model="Ray")[0].shape
+        == (N, K, D)
+    )
 
 
 def test_a_data_dir_of_other_names_is_never_taken(converted):
@@ -380,7 +454,8 @@ def test_a_data_dir_of_other_names_is_never_taken(converted):
 def test_a_data_dir_without_names_is_taken_only_by_itself(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     with pytest.raises(
-        InputError, match="DATA_DIR .*data: no names .a DATA_DIR without names is taken as root= itself"
+        InputError,
+        match="DATA_DIR .*data: no names .a DATA_DIR without names is taken as root= itself",
     ):
         load(tmp_path)
     assert load(tmp_path / "data")[0].shape == (60, 5, 24)
@@ -393,7 +468,8 @@ def test_files_and_the_data_dir_made_from_them_are_both_listed(converted, tmp_pa
     shutil.copytree(converted, tmp_path / "both")
     publish(tmp_path / "both" / "src", 1)
     with pytest.raises(
-        InputError, match="expected one source of train embeddings, found 2: .*both/data, .*both/src/EMBD"
+        InputError,
+        match="expected one source of train embeddings, found 2: .*both/data, .*both/src/EMBD",
     ):
         load(tmp_path / "both")
     check(load(tmp_path / "both" / "src"))
@@ -401,19 +477,27 @@ def test_files_and_the_data_dir_made_from_them_are_both_listed(converted, tmp_pa
 
 def test_a_data_dir_of_step_4_is_found_by_its_names(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    told = {"dataset": "hh-rlhf-harmless-gpt4", "embed_model_name": "gemma2b", "gen_pref_model_name": "gemma2b"}
+    told = {
+        "dataset": "hh-rlhf-harmless-gpt4",
+        "embed_model_name": "gemma2b",
+        "gen_pref_model_name": "gemma2b",
+    }
     manifest = {
         "producer": "step4_gen_embeddings.py",
         "arguments": {**told, "reward_model": "rayharmless"},
         "files": {},
     }
     rewardlib.artifacts.write_json(tmp_path / "data" / "manifest.json", manifest)
-    assert load(tmp_path)[0].shape == load(tmp_path, reward_model="rayharmless")[0].shape == (60, 5, 24)
+    assert (
+        load(tmp_path)[0].shape
+        == load(tmp_path, reward_model="rayharmless")[0].shape
+        == (60, 5, 24)
+    )
     with pytest.raises(InputError, match="expected a train embedding file"):
         load(tmp_path, reward_model="rmmistral7b")
 
 
-# ------------------------------------------------------------------------------------------------------------- annotate
+# ----------------------------------------------------------------------------------------- annotate
 
 
 def annotate(rewards, quality=-1, **changed):
@@ -434,9 +518,7 @@ def test_all_pairs_by_hand(capsys):
     }
     flat = np.ravel(rewards)
     assert labels.tolist() == (flat[sides[:, 0]] > flat[sides[:, 1]]).astype(int).tolist()
-    line = (
-        "pair_annotate: 5 random pairs on 2 prompts; 1 of equal reward left out; label error 0.000 (quality -1, scale"
-    )
+    line = "pair_annotate: 5 random pairs on 2 prompts; 1 of equal reward left out; label error 0.000 (quality -1, scale"
     assert line in capsys.readouterr().out
 
 
@@ -460,7 +542,9 @@ def test_pairs_are_unique_turned_and_labelled(strategy):
 def test_groups_share_no_prompt(strategy):
     annotated = annotate(rng(1).standard_normal((60, 10, 1)), pair_strategy=strategy)
     of_prompt = {}
-    for group, sides in zip(annotated.groups.tolist(), annotated.pairs.prompts.tolist(), strict=True):
+    for group, sides in zip(
+        annotated.groups.tolist(), annotated.pairs.prompts.tolist(), strict=True
+    ):
         for prompt in sides:
             assert of_prompt.setdefault(prompt, group) == group
     assert len(set(annotated.groups)) == (3 if strategy == "cross_prompt" else 60)
@@ -509,7 +593,8 @@ def test_noisy_labels_and_the_error_that_is_kept(capsys):
     assert annotated.pairs.label_error == pytest.approx(0.275, abs=0.01)
     wrong = np.mean((annotated[1] == 1) != (annotated.pairs.reward_diff > 0))
     assert (
-        annotated.pairs.label_error == wrong and f"label error {wrong:.3f} (quality 1, scale" in capsys.readouterr().out
+        annotated.pairs.label_error == wrong
+        and f"label error {wrong:.3f} (quality 1, scale" in capsys.readouterr().out
     )
     larger = annotate(100 * rewards, 1.0, pairs_per_prompt=4)
     assert np.array_equal(larger[1], annotated[1]) and np.array_equal(larger[0], annotated[0])
@@ -527,7 +612,10 @@ def test_index_pairs_name_the_same_rows_and_read_none(tmp_path):
 
         __array__ = __getitem__
 
-    data = rng().standard_normal((30, 5, 3)).astype(np.float32), rng(1).standard_normal((30, 5, 1)).astype(np.float32)
+    data = (
+        rng().standard_normal((30, 5, 3)).astype(np.float32),
+        rng(1).standard_normal((30, 5, 1)).astype(np.float32),
+    )
     for form in (1, 3):
         publish(tmp_path / str(form), form, data=data)
         rows, rewards = load(tmp_path / str(form))
@@ -546,7 +634,9 @@ def test_pairs_fit_a_model_as_arrays_or_as_index_pairs(data):
     index, labels = pair_annotate(rows, rewards, 10, return_index=True)
     model, groups = BT_MLP(hidden=(16, 8)), annotated.groups
     a = model.fit(*annotated, groups=groups).predict(rows)
-    b = model.fit(index, labels, embeddings=np.reshape(rows, (-1, 24)), groups=groups).predict(np.asarray(rows))
+    b = model.fit(index, labels, embeddings=np.reshape(rows, (-1, 24)), groups=groups).predict(
+        np.asarray(rows)
+    )
     assert a.shape == rewards.shape
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -555,7 +645,9 @@ def test_pairs_fit_a_model_as_arrays_or_as_index_pairs(data):
 def test_seeds(strategy):
     rewards = rng(1).standard_normal((40, 6, 1))
     options = {"pair_strategy": strategy, "pairs_per_prompt": 3}
-    default, zero, other = (annotate(rewards, 2, rng=seed, **options) for seed in (None, 0, np.int64(5)))
+    default, zero, other = (
+        annotate(rewards, 2, rng=seed, **options) for seed in (None, 0, np.int64(5))
+    )
     for a, b in zip(default, zero, strict=True):
         assert a.tobytes() == b.tobytes()
     assert default[0].tobytes() != other[0].tobytes()
@@ -575,8 +667,14 @@ def test_what_was_annotated_can_be_kept():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"embeddings": np.zeros((3, 4, 2))}, r"embeddings: expected \(N, K, D\) = \(4, 3, D\) .* found \(3, 4, 2\)"),
-        ({"embeddings": np.zeros((12, 2))}, r"embeddings: expected \(N, K, D\) = \(4, 3, D\) .* found \(12, 2\)"),
+        (
+            {"embeddings": np.zeros((3, 4, 2))},
+            r"embeddings: expected \(N, K, D\) = \(4, 3, D\) .* found \(3, 4, 2\)",
+        ),
+        (
+            {"embeddings": np.zeros((12, 2))},
+            r"embeddings: expected \(N, K, D\) = \(4, 3, D\) .* found \(12, 2\)",
+        ),
         (
             {"rewards": np.zeros(12)},
             r"rewards: expected numbers in \(N, K, 1\) or \(N, K\), .* found \(12,\) of float64",
@@ -589,25 +687,46 @@ def test_what_was_annotated_can_be_kept():
         ),
         ({"rewards": np.ones((4, 3))}, "golden rewards: expected pairs that differ"),
         ({"annotation_quality": np.nan}, "annotation_quality: expected a finite number, found nan"),
-        ({"annotation_quality": "high"}, "annotation_quality: expected a finite number, found 'high'"),
-        ({"pair_strategy": "xprompt"}, "pair_strategy: expected 'random', 'diverse', 'similar', 'cross_prompt', found"),
-        ({"pairs_per_prompt": 4}, "pairs_per_prompt: expected at most 3, the pairs of 3 responses, found 4"),
-        ({"pairs_per_prompt": 4, "pair_strategy": "diverse"}, "pairs_per_prompt: expected at most 3"),
-        ({"pairs_per_prompt": 0}, "pairs_per_prompt: expected a whole number of at least 1, found 0"),
+        (
+            {"annotation_quality": "high"},
+            "annotation_quality: expected a finite number, found 'high'",
+        ),
+        (
+            {"pair_strategy": "xprompt"},
+            "pair_strategy: expected 'random', 'diverse', 'similar', 'cross_prompt', found",
+        ),
+        (
+            {"pairs_per_prompt": 4},
+            "pairs_per_prompt: expected at most 3, the pairs of 3 responses, found 4",
+        ),
+        (
+            {"pairs_per_prompt": 4, "pair_strategy": "diverse"},
+            "pairs_per_prompt: expected at most 3",
+        ),
+        (
+            {"pairs_per_prompt": 0},
+            "pairs_per_prompt: expected a whole number of at least 1, found 0",
+        ),
         ({"reward_scale": 0}, "reward_scale: expected a number above 0, found 0"),
         ({"rng": -1}, "rng: expected a whole number of at least 0, found -1"),
         ({"rng": "seed"}, "rng: expected a whole number"),
     ],
 )
 def test_annotation_refusals(changed, message):
-    given_ = {"embeddings": np.zeros((N, K, D)), "rewards": values()[1], "annotation_quality": 1, "pairs_per_prompt": 2}
+    given_ = {
+        "embeddings": np.zeros((N, K, D)),
+        "rewards": values()[1],
+        "annotation_quality": 1,
+        "pairs_per_prompt": 2,
+    }
     with pytest.raises(InputError, match=message):
         pair_annotate(**{**given_, **changed})
 
 
-# -------------------------------------------------------------------------------------------------------------- measure
+# ------------------------------------------------------------------------------------------ measure
 
-# Prompt 0 is ranked right; 1 is half wrong; 2 has a tie in both; 3 has one golden value and so no ranking.
+# Prompt 0 is ranked right; 1 is half wrong; 2 has a tie in both; 3 has one golden value and so no
+# ranking.
 GOLDEN = np.array([[1.0, 2, 3], [3, 1, 2], [1, 1, 2], [5, 5, 5]])
 SCORES = np.array([[0.1, 0.5, 0.9], [0.1, 0.5, 0.9], [0.2, 0.2, 0.9], [0.3, 0.1, 0.2]])
 
@@ -616,8 +735,12 @@ SCORES = np.array([[0.1, 0.5, 0.9], [0.1, 0.5, 0.9], [0.2, 0.2, 0.9], [0.3, 0.1,
 def test_best_of_n_by_hand(n, expected):
     """Rows: 2 8/3 3, 2 5/3 2, 4/3 5/3 2, 5 5 5."""
     assert calc_bon(SCORES, GOLDEN, N=n) == pytest.approx(expected, abs=1e-12)
-    assert calc_bon(SCORES[:, :, None], GOLDEN[:, :, None].astype(np.float32), N=np.int32(n)) == pytest.approx(expected)
-    assert calc_bon(SCORES.tolist(), GOLDEN[:, :, None], n) == calc_bon(SCORES[:, :, None], GOLDEN, n)
+    assert calc_bon(
+        SCORES[:, :, None], GOLDEN[:, :, None].astype(np.float32), N=np.int32(n)
+    ) == pytest.approx(expected)
+    assert calc_bon(SCORES.tolist(), GOLDEN[:, :, None], n) == calc_bon(
+        SCORES[:, :, None], GOLDEN, n
+    )
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.data())
@@ -627,7 +750,11 @@ def test_best_of_n_is_the_mean_over_all_subsets(n_prompts, k, data):
     scores, golden = (data.draw(arrays(float, (n_prompts, k), elements=ties)) for _ in range(2))
     n = data.draw(st.integers(1, k))
     subsets = [list(subset) for subset in combinations(range(k), n)]
-    tops = [g[at][s[at] == s[at].max()].mean() for s, g in zip(scores, golden, strict=True) for at in subsets]
+    tops = [
+        g[at][s[at] == s[at].max()].mean()
+        for s, g in zip(scores, golden, strict=True)
+        for at in subsets
+    ]
     assert calc_bon(scores, golden, n) == pytest.approx(np.mean(tops), abs=1e-12)
 
 
@@ -639,7 +766,9 @@ def test_spearman_by_hand_leaves_out_what_has_no_ranking(capsys):
     assert np.isnan(calc_spearmanr(np.zeros((4, 3, 1)), GOLDEN))
     assert "4 of 4 prompts left out" in capsys.readouterr().out
     assert calc_spearmanr(-GOLDEN[:3], GOLDEN[:3]) == -1
-    assert type(calc_spearmanr(SCORES[:3], GOLDEN[:3])) is type(calc_bon(SCORES, GOLDEN, 2)) is float
+    assert (
+        type(calc_spearmanr(SCORES[:3], GOLDEN[:3])) is type(calc_bon(SCORES, GOLDEN, 2)) is float
+    )
 
 
 @pytest.mark.parametrize(
@@ -659,7 +788,11 @@ def test_spearman_by_hand_leaves_out_what_has_no_ranking(capsys):
             GOLDEN,
             "predictions: expected finite numbers, found nan at prompt 0, r",
         ),
-        (SCORES, np.where(GOLDEN == 5, np.inf, GOLDEN), "rewards: expected finite numbers, found inf at prompt 3"),
+        (
+            SCORES,
+            np.where(GOLDEN == 5, np.inf, GOLDEN),
+            "rewards: expected finite numbers, found inf at prompt 3",
+        ),
         (SCORES.astype(complex), GOLDEN, "predictions: expected numbers .* of complex128"),
     ],
 )
@@ -670,14 +803,16 @@ def test_measures_refuse_other_arrays(predictions, rewards, message):
 
 
 def test_n_is_a_number_of_responses():
-    with pytest.raises(InputError, match="N: expected at most 3, the responses to each prompt, found 500"):
+    with pytest.raises(
+        InputError, match="N: expected at most 3, the responses to each prompt, found 500"
+    ):
         calc_bon(SCORES, GOLDEN, N=500)
     for wrong in (0, -1, 2.5, None):
         with pytest.raises(InputError, match="N: expected a whole number of at least 1, found"):
             calc_bon(SCORES, GOLDEN, N=wrong)
 
 
-# ---------------------------------------------------------------------------------------------------- order consistency
+# -------------------------------------------------------------------------------- order consistency
 
 
 def test_order_and_classification_errors_by_hand():
@@ -685,7 +820,9 @@ def test_order_and_classification_errors_by_hand():
     scores = np.array([[2.0, -1], [1, 3], [-1, -3], [0.5, 0.5], [1, -2]])
     found = ranking.order_consistency(scores, np.array([1, 0, 1, 0, 0]))
     assert found["order_error"] == pytest.approx(1.5 / 5)
-    assert found["better_error"] == pytest.approx(2 / 5) and found["worse_error"] == pytest.approx(3 / 5)
+    assert found["better_error"] == pytest.approx(2 / 5) and found["worse_error"] == pytest.approx(
+        3 / 5
+    )
     assert found["bound"] == pytest.approx(1) and found["least_bound"] == pytest.approx(3 / 5)
     moved = ranking.order_consistency(scores + 7, np.array([1, 0, 1, 0, 0]), threshold=7)
     assert moved == pytest.approx(found)
@@ -721,7 +858,11 @@ def test_no_order_is_so_good_that_the_bound_of_all_pairs_is_small(k):
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
-        (np.zeros(4), np.ones(4), r"expected scores \(M, 2\) and M labels of 0 and 1, found \(4,\) and \(4,\)"),
+        (
+            np.zeros(4),
+            np.ones(4),
+            r"expected scores \(M, 2\) and M labels of 0 and 1, found \(4,\) and \(4,\)",
+        ),
         (np.zeros((4, 2)), np.ones(3), r"found \(4, 2\) and \(3,\)"),
         (np.zeros((4, 2)), [0, 1, 2, 1], r"labels of 0 and 1"),
         (np.zeros((0, 2)), [], r"found \(0, 2\)"),
@@ -742,9 +883,14 @@ def test_the_bound_on_demo_data(data, capsys):
     assert calc_spearmanr(scores.reshape(20, 12), test[1]) > 0.4
     found = {}
     for strategy, n in (("diverse", 3), ("random", 66)):
-        index, better = pair_annotate(*test, -1, pair_strategy=strategy, pairs_per_prompt=n, return_index=True)
+        index, better = pair_annotate(
+            *test, -1, pair_strategy=strategy, pairs_per_prompt=n, return_index=True
+        )
         found[strategy] = ranking.order_consistency(scores[index], better)
-        assert found[strategy]["order_error"] < 0.35 and found[strategy]["order_error"] <= found[strategy]["bound"]
+        assert (
+            found[strategy]["order_error"] < 0.35
+            and found[strategy]["order_error"] <= found[strategy]["bound"]
+        )
     assert found["diverse"]["least_bound"] < 0.5 - 0.1
     assert found["random"]["least_bound"] > 10 / 22  # (K - 2) / (2 K - 2) of K = 12
     noisy = pair_annotate(*test, 1, pairs_per_prompt=66, return_index=True)
@@ -753,16 +899,22 @@ def test_the_bound_on_demo_data(data, capsys):
     assert golden["order_error"] <= labelled["bound"] + noisy.pairs.label_error
 
 
-# ------------------------------------------------------------------------------------------------------------ real data
+# ---------------------------------------------------------------------------------------- real data
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real embeddings are not here")
 def test_real_files():
     names = {"task": "alpaca", "res_gen_model": "Mix55", "embed_model": "MiniLM", "root": REAL}
-    (train, rewards), (test, golden) = (load_embd_data(**names, split=split) for split in ("train", "test"))
-    assert train.shape == (605, 10, 384) and test.shape == (200, 50, 384) and train.dtype == np.float16
+    (train, rewards), (test, golden) = (
+        load_embd_data(**names, split=split) for split in ("train", "test")
+    )
+    assert (
+        train.shape == (605, 10, 384) and test.shape == (200, 50, 384) and train.dtype == np.float16
+    )
     assert is_mapped(train) and is_mapped(rewards) and rewards.shape == (605, 10, 1)
-    np.testing.assert_array_equal(train[:, 3], np.load(REAL / "EMBD_alpaca_minilm_mix55_train.npy")[3])
+    np.testing.assert_array_equal(
+        train[:, 3], np.load(REAL / "EMBD_alpaca_minilm_mix55_train.npy")[3]
+    )
     index, _ = pair_annotate(train, rewards, 10, pairs_per_prompt=45, return_index=True)
     assert len(index) == 25_738  # 1,487 of 27,225 have equal rewards, most of them clipped
     assert calc_bon(golden, golden, 1) == pytest.approx(golden.mean(dtype=float))

@@ -24,10 +24,12 @@ def start(code, *arguments, stdin=subprocess.PIPE, **environment):
     """A Python process running `code` in the repository."""
     pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, env={**os.environ, **environment}, **pipes)
+    return subprocess.Popen(
+        command, cwd=ROOT, text=True, env={**os.environ, **environment}, **pipes
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path):
@@ -81,14 +83,31 @@ with artifacts.atomic(sys.argv[1]) as file:
 
 
 def test_json_takes_numpy_values_and_paths(tmp_path):
-    content = {"a": np.arange(3), "b": np.float32(0.5), "c": Path("x/y"), "d": np.bool_(True), "e": None}
+    content = {
+        "a": np.arange(3),
+        "b": np.float32(0.5),
+        "c": Path("x/y"),
+        "d": np.bool_(True),
+        "e": None,
+    }
     artifacts.write_json(tmp_path / "a.json", content)
-    assert artifacts.read_json(tmp_path / "a.json", "x") == {"a": [0, 1, 2], "b": 0.5, "c": "x/y", "d": True, "e": None}
+    assert artifacts.read_json(tmp_path / "a.json", "x") == {
+        "a": [0, 1, 2],
+        "b": 0.5,
+        "c": "x/y",
+        "d": True,
+        "e": None,
+    }
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("nan"), np.array([1, np.inf])])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), np.float32("nan"), np.array([1, np.inf])]
+)
 def test_numbers_that_are_not_finite_have_no_json_form(tmp_path, value):
-    for write, content in ((artifacts.write_json, {"a": value}), (artifacts.write_jsonl, [{"a": 1}, {"a": value}])):
+    for write, content in (
+        (artifacts.write_json, {"a": value}),
+        (artifacts.write_jsonl, [{"a": 1}, {"a": value}]),
+    ):
         (tmp_path / "a").write_text("old")
         with pytest.raises(ValueError, match="Out of range float values"):
             write(tmp_path / "a", content)
@@ -103,7 +122,11 @@ def test_objects_have_no_json_form(tmp_path):
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     )
 )
@@ -125,15 +148,19 @@ def test_jsonl_and_npy(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array)
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def test_json_that_is_not_there_names_the_step_that_writes_it(tmp_path):
-    with pytest.raises(InputError, match=r"a\.json not found; it is written by step 5: run that first"):
+    with pytest.raises(
+        InputError, match=r"a\.json not found; it is written by step 5: run that first"
+    ):
         artifacts.read_json(tmp_path / "a.json", "step 5")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\xff\xfe"], ids=["empty", "cut off", "not UTF-8"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"a": 1', b"\xff\xfe"], ids=["empty", "cut off", "not UTF-8"]
+)
 def test_json_that_is_broken(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json is not readable JSON \(.*\); run step 5 again"):
@@ -164,7 +191,10 @@ def test_a_writable_folder_is_made_and_left_empty(tmp_path):
 @pytest.mark.parametrize(("below", "reason"), [("", "File exists"), ("/out", "Not a directory")])
 def test_a_file_where_a_folder_should_be(tmp_path, below, reason):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match=f"file{below}: expected a writable folder, found: {reason}; choose another"):
+    with pytest.raises(
+        InputError,
+        match=f"file{below}: expected a writable folder, found: {reason}; choose another",
+    ):
         artifacts.writable_dir(f"{tmp_path}/file{below}")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -174,13 +204,15 @@ def test_a_folder_without_permission(tmp_path):
     try:
         if os.access(tmp_path, os.W_OK):
             pytest.skip("this user may write everywhere")
-        with pytest.raises(InputError, match="expected a writable folder, found: Permission denied"):
+        with pytest.raises(
+            InputError, match="expected a writable folder, found: Permission denied"
+        ):
             artifacts.writable_dir(tmp_path)
     finally:
         tmp_path.chmod(0o700)
 
 
-# ------------------------------------------------------------------------------------------------------------ digests
+# ------------------------------------------------------------------------------------------ digests
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, (1 << 20) + 1])
@@ -199,11 +231,16 @@ def test_the_hash_is_of_values_not_of_their_spelling():
         {"n": np.array([1, 2]), "lr": np.float64(1e-3)},
     ]
     assert len({artifacts.hash_of(content) for content in same}) == 1
-    other = [{"lr": 0.002, "n": [1, 2]}, {"lr": 0.001, "n": [2, 1]}, {"lr": 0.001}, {"lr": "0.001", "n": [1, 2]}]
+    other = [
+        {"lr": 0.002, "n": [1, 2]},
+        {"lr": 0.001, "n": [2, 1]},
+        {"lr": 0.001},
+        {"lr": "0.001", "n": [1, 2]},
+    ]
     assert len({artifacts.hash_of(content) for content in [same[0], *other]}) == 5
 
 
-# ----------------------------------------------------------------------------------------------------------- manifest
+# ----------------------------------------------------------------------------------------- manifest
 
 
 @pytest.fixture
@@ -216,13 +253,19 @@ def finished(tmp_path):
 
 
 def work(script=STEP, inputs=None, **arguments):
-    return artifacts.identity(script, {"seed": 6, "learning_rate": 0.001, **arguments}, inputs or {"x.npy": "12ab"})
+    return artifacts.identity(
+        script, {"seed": 6, "learning_rate": 0.001, **arguments}, inputs or {"x.npy": "12ab"}
+    )
 
 
 def test_what_is_recorded(finished):
     entry = artifacts.read_manifest(finished)["step5"]
-    assert entry["arguments"] == {"seed": 6, "learning_rate": 0.001} and entry["inputs"] == {"x.npy": "12ab"}
-    assert entry["outputs"] == {name: artifacts.describe_file(finished / name) for name in ("a.json", "b.npy")}
+    assert entry["arguments"] == {"seed": 6, "learning_rate": 0.001} and entry["inputs"] == {
+        "x.npy": "12ab"
+    }
+    assert entry["outputs"] == {
+        name: artifacts.describe_file(finished / name) for name in ("a.json", "b.npy")
+    }
     assert entry["hash"] == work()["hash"] and 2 <= entry["wall_seconds"] < 60
     assert entry["packages"]["numpy"] == np.__version__
     assert {"git_revision", "python", "finished_at", "code"} <= set(entry)
@@ -232,7 +275,9 @@ def test_recorded_work_is_finished_and_entries_stand_beside_each_other(finished)
     assert artifacts.is_finished(finished, "step5", work())
     assert not artifacts.is_finished(finished, "step6", work())
     artifacts.record(finished, "step6", work(seed=7), ["b.npy"], time.time())
-    assert artifacts.is_finished(finished, "step5", work()) and artifacts.is_finished(finished, "step6", work(seed=7))
+    assert artifacts.is_finished(finished, "step5", work()) and artifacts.is_finished(
+        finished, "step6", work(seed=7)
+    )
 
 
 def test_numbers_count_not_their_spelling(finished):
@@ -241,7 +286,13 @@ def test_numbers_count_not_their_spelling(finished):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"seed": 7}, {"learning_rate": 0.002}, {"more": 1}, {"inputs": {"x.npy": "12ac"}}, {"inputs": {"y.npy": "12ab"}}],
+    [
+        {"seed": 7},
+        {"learning_rate": 0.002},
+        {"more": 1},
+        {"inputs": {"x.npy": "12ac"}},
+        {"inputs": {"y.npy": "12ab"}},
+    ],
     ids=str,
 )
 def test_other_arguments_or_inputs_are_other_work(finished, changed):
@@ -288,7 +339,9 @@ def test_the_code_is_what_the_script_imports_directly_or_through_others(sources)
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_finished_step_stays_finished_until_a_file_that_it_imports_is_edited(sources, tmp_path, name):
+def test_a_finished_step_stays_finished_until_a_file_that_it_imports_is_edited(
+    sources, tmp_path, name
+):
     out = artifacts.writable_dir(tmp_path / "out")
     step = sources / "step.py"
     artifacts.record(out, "step", artifacts.identity(step, {}, {}), [], time.time())
@@ -308,8 +361,16 @@ def test_an_import_that_is_new_counts_at_once(sources):
 def test_the_steps_count_the_modules_that_they_share_and_no_study_report_or_command_line():
     for number, name in STEPS.items():
         files = list(artifacts.source_digests(ROOT / f"{name}.py"))
-        assert {"rewardlib/artifacts.py", "rewardlib/data/splits.py", "rewardlib/pipeline/run_record.py"} < set(files)
-        assert not [file for file in files if file.startswith(("rewardlib/cli", "rewardlib/report", "studies"))]
+        assert {
+            "rewardlib/artifacts.py",
+            "rewardlib/data/splits.py",
+            "rewardlib/pipeline/run_record.py",
+        } < set(files)
+        assert not [
+            file
+            for file in files
+            if file.startswith(("rewardlib/cli", "rewardlib/report", "studies"))
+        ]
         assert ("rewardlib/pipeline/leakage.py" in files) == (number == 8)
 
 
@@ -353,7 +414,7 @@ def test_what_changed_is_told(finished):
     assert artifacts.describe_change(finished, "step6", work(seed=7)) == []
 
 
-# --------------------------------------------------------------------------------------------------------------- lock
+# --------------------------------------------------------------------------------------------- lock
 
 HOLD = """
 import sys
@@ -395,7 +456,9 @@ def test_a_folder_that_the_driver_holds_is_passed_through(tmp_path):
 def test_a_driver_that_holds_another_folder_does_not_help(tmp_path):
     (tmp_path / "other").mkdir()
     with artifacts.lock(tmp_path):
-        second = start(HOLD, tmp_path, stdin=subprocess.DEVNULL, REWARDLIB_LOCKED_DIR=str(tmp_path / "other"))
+        second = start(
+            HOLD, tmp_path, stdin=subprocess.DEVNULL, REWARDLIB_LOCKED_DIR=str(tmp_path / "other")
+        )
         assert "waiting" in second.stderr.readline()
     assert second.communicate(timeout=30) == ("inside\nout\n", "")
 

@@ -23,14 +23,16 @@ def fit(x=X, y=Y, weight=None):
     return CenteredIsotonicMap().fit(x, y, weight)
 
 
-cases = st.lists(st.tuples(st.integers(-8, 8), st.integers(-4, 4), st.integers(1, 3)), min_size=1, max_size=14)
+cases = st.lists(
+    st.tuples(st.integers(-8, 8), st.integers(-4, 4), st.integers(1, 3)), min_size=1, max_size=14
+)
 
 
 def columns(case):
     return (np.array(column, float) for column in zip(*case, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ the map
+# ------------------------------------------------------------------------------------------ the map
 
 
 def test_points_of_the_hand_case():
@@ -91,7 +93,9 @@ def test_the_order_of_the_rows_does_not_matter(case):
     x, y, weight = columns(case)
     grid = np.linspace(-10, 10, 41)
     turned = fit(x[::-1], y[::-1], weight[::-1])
-    np.testing.assert_allclose(turned.predict(grid), fit(x, y, weight).predict(grid), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        turned.predict(grid), fit(x, y, weight).predict(grid), rtol=1e-9, atol=1e-9
+    )
 
 
 @given(st.integers(0, 10**6), st.sampled_from([-2.0, 0.0, 0.02, 1.0, 30.0]))
@@ -104,7 +108,9 @@ def test_strictly_increasing_inside_and_outside_the_data(seed, strength):
     assert (steps > 0).all()
 
 
-@pytest.mark.parametrize("y", [[5, 4, 3, 2, 1, 0], [0.1] * 6, [7] * 6], ids=["falling", "one value", "one integer"])
+@pytest.mark.parametrize(
+    "y", [[5, 4, 3, 2, 1, 0], [0.1] * 6, [7] * 6], ids=["falling", "one value", "one integer"]
+)
 def test_without_any_increase_the_map_is_the_mean_with_a_negligible_slope(y):
     made = fit(X, y)
     assert made.increasing_ is False
@@ -132,16 +138,26 @@ def test_the_ranking_of_every_prompt_survives_calibration(seed, strength):
     made = calibration.make("centred").fit(scores.ravel(), golden.ravel())
     for values in (scores, fresh):
         mapped = made.predict(values)
-        assert np.abs(ranking.spearman(mapped, golden) - ranking.spearman(values, golden)).max() <= 1e-12
-        np.testing.assert_array_equal(ranking.pair_accuracy(mapped, golden), ranking.pair_accuracy(values, golden))
-        np.testing.assert_array_equal(ranking.best_of_n(mapped, golden, [4]), ranking.best_of_n(values, golden, [4]))
+        assert (
+            np.abs(ranking.spearman(mapped, golden) - ranking.spearman(values, golden)).max()
+            <= 1e-12
+        )
+        np.testing.assert_array_equal(
+            ranking.pair_accuracy(mapped, golden), ranking.pair_accuracy(values, golden)
+        )
+        np.testing.assert_array_equal(
+            ranking.best_of_n(mapped, golden, [4]), ranking.best_of_n(values, golden, [4])
+        )
 
 
 def test_plain_isotonic_makes_the_ties_that_the_centred_map_avoids():
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(30, 8))
     golden = scores + rng.normal(size=(30, 8))
-    maps = {kind: calibration.make(kind).fit(scores.ravel(), golden.ravel()) for kind in ("centred", "plain")}
+    maps = {
+        kind: calibration.make(kind).fit(scores.ravel(), golden.ravel())
+        for kind in ("centred", "plain")
+    }
     distinct = {kind: len(np.unique(made.predict(scores.ravel()))) for kind, made in maps.items()}
     assert distinct["centred"] == scores.size and distinct["plain"] < scores.size / 4
 
@@ -184,7 +200,7 @@ def test_bad_input_is_refused(x, y, weight, message):
         fit(x, y, weight)
 
 
-# --------------------------------------------------------------------------------------------------------- out of fold
+# -------------------------------------------------------------------------------------- out of fold
 
 
 def fold_case(seed=0, n=12, k=4, sets=3):
@@ -213,7 +229,9 @@ def test_a_prompts_own_targets_never_reach_its_own_values(kind):
     scores, targets, fold_sets = fold_case(sets=1)
     changed = targets.copy()
     changed[5] += 100
-    before, after = (calibration.out_of_fold(kind, scores, part, fold_sets) for part in (targets, changed))
+    before, after = (
+        calibration.out_of_fold(kind, scores, part, fold_sets) for part in (targets, changed)
+    )
     same_fold = fold_sets[0] == fold_sets[0][5]
     assert before[same_fold].tobytes() == after[same_fold].tobytes()
     assert (before[~same_fold] != after[~same_fold]).any(axis=1).all()
@@ -224,11 +242,13 @@ def test_integer_targets_are_not_truncated(kind):
     scores, targets, fold_sets = fold_case()
     binary = (targets > 0).astype(int)
     found = calibration.out_of_fold(kind, scores, binary, fold_sets)
-    np.testing.assert_array_equal(found, calibration.out_of_fold(kind, scores, binary.astype(float), fold_sets))
+    np.testing.assert_array_equal(
+        found, calibration.out_of_fold(kind, scores, binary.astype(float), fold_sets)
+    )
     assert ((found > 0.01) & (found < 0.99)).mean() > 0.5
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 GRID = np.concatenate([np.linspace(-3, 9, 1001), X, np.float32([0.1, 4.7])])
 
@@ -256,12 +276,16 @@ def test_saved_maps_are_read_from_their_numbers_never_from_the_pickle(tmp_path):
     names = calibration.save(tmp_path, "teacher_map", made, aliases=["map"])
     assert sorted(names) == ["map.joblib", "map.json", "teacher_map.joblib", "teacher_map.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    np.testing.assert_array_equal(joblib.load(tmp_path / "map.joblib").predict(GRID), made.predict(GRID))
+    np.testing.assert_array_equal(
+        joblib.load(tmp_path / "map.joblib").predict(GRID), made.predict(GRID)
+    )
     for name in ("teacher_map", "map"):
         (tmp_path / f"{name}.joblib").write_bytes(b"not a pickle")
         np.testing.assert_array_equal(calibration.load(tmp_path, name)(GRID), made.predict(GRID))
 
 
 def test_a_map_that_is_not_there_is_refused_with_the_step_that_writes_it(tmp_path):
-    with pytest.raises(InputError, match=r"isotonic_teacher_map\.json not found; it is written by step 7"):
+    with pytest.raises(
+        InputError, match=r"isotonic_teacher_map\.json not found; it is written by step 7"
+    ):
         calibration.load(tmp_path, "isotonic_teacher_map")

@@ -21,11 +21,12 @@ from rewardlib.errors import InputError
 
 REAL = ROOT.parent / "shared" / "data" / "alpaca"
 K, N, D = 3, 4, 2
-LONG = (
-    "embd_model_name_gemma2b_dataset_orig_hh-rlhf-helpful-gpt4_gen_pref_model_name_gemma2b_golden_rm_name_rmmistral7b"
-)
+LONG = "embd_model_name_gemma2b_dataset_orig_hh-rlhf-helpful-gpt4_gen_pref_model_name_gemma2b_golden_rm_name_rmmistral7b"
 NAMES = {
-    1: ("EMBD_hh-rlhf-helpful-gpt4_gemma2b_gemma2b_{}.npy", "REWARD_hh-rlhf-helpful-gpt4_rmmistral7b_gemma2b_{}.npy"),
+    1: (
+        "EMBD_hh-rlhf-helpful-gpt4_gemma2b_gemma2b_{}.npy",
+        "REWARD_hh-rlhf-helpful-gpt4_rmmistral7b_gemma2b_{}.npy",
+    ),
     2: (f"EMBD-{{}}-{LONG}.npy", f"REWARD-{{}}-{LONG}.npy"),
     "2 short": (f"EMBD-{{}}-{LONG}.npy", "REWARD-{}-helpful-gpt4-gemma2b.npy"),
     3: ("embd_gemma2b_gemma2b_helpful_{}.npy", "reward_gemma2b_gemma2b_helpful_{}.npy"),
@@ -35,7 +36,9 @@ NAMES = {
 def values(k=K, n=N, d=D, plus=0):
     """(K, N, D) embeddings 100 k + 10 n + d and (K, N) rewards 10 k + n, so that each value tells its place."""
     ks, ns, ds = np.meshgrid(range(k), range(n), range(d), indexing="ij")
-    return (100 * ks + 10 * ns + ds + plus).astype(np.float32), (10.0 * ks + ns + plus)[:, :, 0].astype(np.float32)
+    return (100 * ks + 10 * ns + ds + plus).astype(np.float32), (10.0 * ks + ns + plus)[
+        :, :, 0
+    ].astype(np.float32)
 
 
 def publish(folder, form=1, split="train", arrays=None, order=None):
@@ -98,7 +101,7 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-# ---------------------------------------------------------------------------------------------------- formats and axes
+# --------------------------------------------------------------------------------- formats and axes
 
 
 @pytest.mark.parametrize("form", NAMES)
@@ -109,7 +112,9 @@ def test_each_format_lands_in_its_place(tmp_path, out, form):
     check(out)
     check(out, "test", values(5, 7))
     assert np.load(out / "EMBD-TRAIN-split_2.npy")[1, 0] == 210
-    assert json.loads((out / "rewards_split_2.json").read_text().splitlines()[1]) == {"reward": 21.0}
+    assert json.loads((out / "rewards_split_2.json").read_text().splitlines()[1]) == {
+        "reward": 21.0
+    }
 
 
 def test_real_trap_format_3_is_called_nkd_but_is_knd(tmp_path, out):
@@ -154,11 +159,17 @@ def test_settled_axes(embedding, reward, number, settled):
 
 @pytest.mark.parametrize(
     ("embedding", "reward", "number"),
-    [((500, 200, 8), (500, 200), 1), ((200, 500, 8), (200, 500, 1), 3), ((605, 10, 8), (605, 10), None)],
+    [
+        ((500, 200, 8), (500, 200), 1),
+        ((200, 500, 8), (200, 500, 1), 3),
+        ((605, 10, 8), (605, 10), None),
+    ],
 )
 def test_more_responses_than_prompts_is_refused_not_swapped(embedding, reward, number):
     few, many = sorted(embedding[:2])
-    with pytest.raises(InputError, match=f"{many} responses to each of {few} prompts .*--axes KND .*--axes NKD"):
+    with pytest.raises(
+        InputError, match=f"{many} responses to each of {few} prompts .*--axes KND .*--axes NKD"
+    ):
         published.settle_axes(embedding, reward, number, "auto", "x")
     assert published.settle_axes(embedding, reward, number, "KND", "x") == ("KND", "KN")
 
@@ -166,7 +177,10 @@ def test_more_responses_than_prompts_is_refused_not_swapped(embedding, reward, n
 def test_equal_axes_are_refused_until_told(tmp_path, out):
     arrays = values(3, 3)
     publish(tmp_path / "src", arrays=arrays)
-    with pytest.raises(InputError, match=r"both axis orders fit embeddings \(3, 3, 2\); give --axes KND or --axes NKD"):
+    with pytest.raises(
+        InputError,
+        match=r"both axis orders fit embeddings \(3, 3, 2\); give --axes KND or --axes NKD",
+    ):
         convert(tmp_path / "src", out)
     assert not out.exists()
     convert(tmp_path / "src", out, "--axes", "KND")
@@ -178,11 +192,13 @@ def test_equal_axes_are_refused_until_told(tmp_path, out):
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4), (3, 4, 2), (12,), (3, 4, 1, 1)])
 def test_rewards_that_do_not_fit_are_refused_with_both_shapes(source, out, shape):
     np.save(source / NAMES[1][1].format("train"), np.zeros(shape))
-    with pytest.raises(InputError, match="one reward for each embedding, found rewards .* and embeddings .3, 4, 2."):
+    with pytest.raises(
+        InputError, match="one reward for each embedding, found rewards .* and embeddings .3, 4, 2."
+    ):
         convert(source, out)
 
 
-# ------------------------------------------------------------------------------------------------- finding the files
+# -------------------------------------------------------------------------------- finding the files
 
 
 def test_neighbours_are_never_taken(source, out):
@@ -226,7 +242,9 @@ def test_short_reward_name_of_llama(tmp_path, out):
     arrays = values()
     folder = tmp_path / "src"
     folder.mkdir()
-    name = LONG.replace("gen_pref_model_name_gemma2b", "gen_pref_model_name_llama38b").replace("-gpt4", "")
+    name = LONG.replace("gen_pref_model_name_gemma2b", "gen_pref_model_name_llama38b").replace(
+        "-gpt4", ""
+    )
     np.save(folder / f"EMBD-TRAIN-{name}.npy", arrays[0])
     np.save(folder / "REWARD-TRAIN-helpful-llama3-8b.npy", arrays[1])
     np.save(folder / "REWARD-TRAIN-helpful-gpt4-llama3-8b.npy", arrays[1] + 1)
@@ -237,7 +255,9 @@ def test_short_reward_name_of_llama(tmp_path, out):
 def test_several_reward_models_are_listed_and_one_chosen(source, out):
     other = source / "REWARD_hh-rlhf-helpful-gpt4_otherrm_gemma2b_train.npy"
     np.save(other, values()[1] + 1)
-    with pytest.raises(InputError, match="found 2: .*otherrm.*rmmistral7b.*--reward_model otherrm.rmmistral7b,"):
+    with pytest.raises(
+        InputError, match="found 2: .*otherrm.*rmmistral7b.*--reward_model otherrm.rmmistral7b,"
+    ):
         convert(source, out)
     convert(source, out, "--reward_model", "otherrm")
     check(out, arrays=(values()[0], values()[1] + 1))
@@ -246,7 +266,8 @@ def test_several_reward_models_are_listed_and_one_chosen(source, out):
 def test_copies_in_sub_folders_are_listed(source, out):
     publish(source / "copy")
     with pytest.raises(
-        InputError, match=r"expected one train embedding file, found 2: .*copy/EMBD.*narrower --embd_dir"
+        InputError,
+        match=r"expected one train embedding file, found 2: .*copy/EMBD.*narrower --embd_dir",
     ):
         convert(source, out)
     convert(source / "copy", out)
@@ -272,7 +293,8 @@ def test_nothing_found_names_the_patterns_and_what_is_similar(tmp_path, source, 
 def test_missing_reward_file_is_an_error(source, out):
     (source / NAMES[1][1].format("train")).unlink()
     with pytest.raises(
-        InputError, match=r"train reward file for EMBD_.* named REWARD_hh-rlhf-helpful-gpt4_\*_gemma2b_train"
+        InputError,
+        match=r"train reward file for EMBD_.* named REWARD_hh-rlhf-helpful-gpt4_\*_gemma2b_train",
     ):
         convert(source, out)
 
@@ -303,17 +325,33 @@ def test_another_task_needs_a_dataset(source, out):
 
 
 def test_explicit_files(tmp_path, out):
-    train, test = publish(tmp_path / "src"), publish(tmp_path / "src", split="test", arrays=values(5, 7))
+    train, test = (
+        publish(tmp_path / "src"),
+        publish(tmp_path / "src", split="test", arrays=values(5, 7)),
+    )
     convert_files(test, out)
     check(out, "test", values(5, 7))
-    files = ["--embd_file", str(train[0]), str(test[0]), "--reward_file", str(train[1]), str(test[1])]
+    files = [
+        "--embd_file",
+        str(train[0]),
+        str(test[0]),
+        "--reward_file",
+        str(train[1]),
+        str(test[1]),
+    ]
     convert_embeddings.main([*files, "--output_dir", str(out)])
     check(out)
     check(out, "test", values(5, 7))
     with pytest.raises(InputError, match="expected no train split beside"):
         convert_files(test, out)
-    for wrong in (["--embd_file", "a.npy"], [], ["--embd_dir", "x", "--embd_file", "a", "--reward_file", "b"]):
-        with pytest.raises(InputError, match="expected either --embd_dir, or --embd_file with a --reward_file"):
+    for wrong in (
+        ["--embd_file", "a.npy"],
+        [],
+        ["--embd_dir", "x", "--embd_file", "a", "--reward_file", "b"],
+    ):
+        with pytest.raises(
+            InputError, match="expected either --embd_dir, or --embd_file with a --reward_file"
+        ):
             convert_embeddings.main([*wrong, "--output_dir", str(out)])
     with pytest.raises(InputError, match="the train file and then the test file"):
         convert_embeddings.main([*[files[i] for i in (0, 2, 1, 3, 5, 4)], "--output_dir", str(out)])
@@ -327,7 +365,7 @@ def test_rewards_of_other_responses_are_refused(tmp_path, out):
         convert_files((embedding, other), out)
 
 
-# ------------------------------------------------------------------------------------------------- values and types
+# --------------------------------------------------------------------------------- values and types
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -336,12 +374,16 @@ def test_bad_numbers_are_named_and_nothing_is_left(tmp_path, out, order, bad):
     embedding, reward = values()
     embedding[2, 1, 1] = bad
     publish(tmp_path / "src", arrays=(embedding, reward), order=order)
-    with pytest.raises(InputError, match=f"train.npy, response 2 of prompt 1, dimension 1: .* found {bad}"):
+    with pytest.raises(
+        InputError, match=f"train.npy, response 2 of prompt 1, dimension 1: .* found {bad}"
+    ):
         convert(tmp_path / "src", out, "--axes", order)
     assert [path.name for path in out.iterdir()] == [".lock"]
     embedding[2, 1, 1], reward[0, 3] = 0, bad
     publish(tmp_path / "src", arrays=(embedding, reward), order=order)
-    with pytest.raises(InputError, match=f"REWARD.*train.npy, response 0 of prompt 3: .* found {bad}"):
+    with pytest.raises(
+        InputError, match=f"REWARD.*train.npy, response 0 of prompt 3: .* found {bad}"
+    ):
         convert(tmp_path / "src", out, "--axes", order)
     assert [path.name for path in out.iterdir()] == [".lock"]
 
@@ -373,11 +415,15 @@ def test_overflow_of_float16_is_an_error(tmp_path, out):
     embedding, reward = values()
     embedding[1, 2, 0] = 70000
     publish(tmp_path / "src", arrays=(embedding, reward))
-    with pytest.raises(InputError, match="response 1 of prompt 2, dimension 0: 70000.0 does not fit float16"):
+    with pytest.raises(
+        InputError, match="response 1 of prompt 2, dimension 0: 70000.0 does not fit float16"
+    ):
         convert(tmp_path / "src", out, "--dtype", "float16")
 
 
-@pytest.mark.parametrize("content", [np.zeros((3, 4, 2), int), np.zeros((3, 4)), np.zeros((3, 0, 2)), b"junk", "short"])
+@pytest.mark.parametrize(
+    "content", [np.zeros((3, 4, 2), int), np.zeros((3, 4)), np.zeros((3, 0, 2)), b"junk", "short"]
+)
 def test_files_that_are_no_embeddings(source, out, content):
     path = source / NAMES[1][0].format("train")
     if isinstance(content, np.ndarray):
@@ -394,7 +440,9 @@ def test_max_prompts_takes_the_first(tmp_path, out, capsys):
     check(out, arrays=values(3, 4))
     convert(tmp_path / "src", out, "--max_prompts", "9")
     check(out, arrays=values(3, 6))
-    assert "all 6 prompts are taken; --max_prompts 9 is more than there are" in capsys.readouterr().out
+    assert (
+        "all 6 prompts are taken; --max_prompts 9 is more than there are" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("order", ["KND", "NKD"])
@@ -423,7 +471,7 @@ def test_any_array_comes_back(shape, dtype, order, seed):
         check(Path(folder) / "out", arrays=arrays)
 
 
-# -------------------------------------------------------------------------------------------- finishing and resuming
+# --------------------------------------------------------------------------- finishing and resuming
 
 
 def test_manifest_tells_the_truth(tmp_path, out):
@@ -440,10 +488,15 @@ def test_manifest_tells_the_truth(tmp_path, out):
     }
     rewards = values()[1]
     told = manifest["train"]["rewards"]
-    assert told == pytest.approx({"mean": rewards.mean(), "sd": rewards.std(), "min": 0, "max": 23}, rel=1e-12)
+    assert told == pytest.approx(
+        {"mean": rewards.mean(), "sd": rewards.std(), "min": 0, "max": 23}, rel=1e-12
+    )
     assert set(manifest["files"]) == set(visible(out))
     for name, entry in manifest["files"].items():
-        assert entry == {"bytes": (out / name).stat().st_size, "sha256": artifacts.sha256(out / name)}
+        assert entry == {
+            "bytes": (out / name).stat().st_size,
+            "sha256": artifacts.sha256(out / name),
+        }
         assert (out / name).stat().st_mtime_ns <= (out / "manifest.json").stat().st_mtime_ns
     assert manifest["source"]["train"]["embedding"]["bytes"] == 128 + 4 * K * N * D
     assert manifest["source"]["train"]["axes"] == "KND"
@@ -497,7 +550,9 @@ def test_data_put_there_by_hand_is_refused(source, out, manifest):
     if manifest is not None:
         artifacts.write_json(out / "manifest.json", manifest)
     before = visible(out)
-    with pytest.raises(InputError, match="EMBD-TRAIN-split_0.npy put there by hand or by step 4; choose another"):
+    with pytest.raises(
+        InputError, match="EMBD-TRAIN-split_0.npy put there by hand or by step 4; choose another"
+    ):
         convert(source, out)
     assert visible(out) == before
 
@@ -539,7 +594,9 @@ def kill_at(monkeypatch, event):
 
 
 @pytest.mark.parametrize("order", ["KND", "NKD"])
-def test_killed_anywhere_leaves_old_or_new_or_a_refusal_and_completes(tmp_path, monkeypatch, capsys, order):
+def test_killed_anywhere_leaves_old_or_new_or_a_refusal_and_completes(
+    tmp_path, monkeypatch, capsys, order
+):
     monkeypatch.setattr(artifacts, "git_revision", lambda: None)
     old, new, test = values(3, 4, plus=5000), values(2, 3), values(2, 4, plus=9)
     publish(tmp_path / "old", arrays=old)
@@ -560,7 +617,10 @@ def test_killed_anywhere_leaves_old_or_new_or_a_refusal_and_completes(tmp_path, 
             except Killed:
                 pass
         try:
-            found = embeddings.load(out).rewards.T.tolist(), embeddings.load(out, "test").rewards.T.tolist()
+            found = (
+                embeddings.load(out).rewards.T.tolist(),
+                embeddings.load(out, "test").rewards.T.tolist(),
+            )
             assert found in [(rewards.tolist(), test[1].tolist()) for rewards in (old[1], new[1])]
         except InputError as error:
             assert "missing" in str(error) or "expected EMBD-TRAIN-split_0.npy" in str(error)
@@ -645,11 +705,15 @@ def test_full_disk_is_told_before_the_work(source, out, monkeypatch):
         convert(source, out)
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def run(*arguments, code=None):
-    call = [sys.executable, *(["-c", code] if code else [str(ROOT / "convert_embeddings.py")]), *map(str, arguments)]
+    call = [
+        sys.executable,
+        *(["-c", code] if code else [str(ROOT / "convert_embeddings.py")]),
+        *map(str, arguments),
+    ]
     return subprocess.run(call, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -709,5 +773,8 @@ def test_real_data(out):
     flags = ["--dataset", "alpaca", "--embed_model", "minilm", "--gen_model", "mix55"]
     convert(REAL, out, *flags)
     for split in ("train", "test"):
-        names = f"EMBD_alpaca_minilm_mix55_{split}.npy", f"REWARD_alpaca_gpt4turbo_mix55_{split}.npy"
+        names = (
+            f"EMBD_alpaca_minilm_mix55_{split}.npy",
+            f"REWARD_alpaca_gpt4turbo_mix55_{split}.npy",
+        )
         check(out, split, [np.load(REAL / name) for name in names])

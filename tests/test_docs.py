@@ -18,10 +18,14 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def blocks(page):
     """[(language, first line, text)] of the fenced blocks."""
     text = page.read_text(encoding="utf-8")
-    return [(match[1], text.count("\n", 0, match.start(2)), match[2]) for match in BLOCK.finditer(text)]
+    return [
+        (match[1], text.count("\n", 0, match.start(2)), match[2]) for match in BLOCK.finditer(text)
+    ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name == "api.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name == "api.md"], ids=lambda page: page.name
+)
 def test_the_blocks_of_the_page_run_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EMBD_REPO_DIR", "")
     monkeypatch.chdir(tmp_path)
@@ -30,7 +34,9 @@ def test_the_blocks_of_the_page_run_from_top_to_bottom(page, tmp_path, monkeypat
     names = {"__name__": page.name}
     for _, line, text in found:
         exec(compile("\n" * line + text, str(page), "exec"), names)
-    assert re.search(r"best of 500: \d\.\d\d of \d\.\d\d; Spearman 0\.\d\d", capsys.readouterr().out)
+    assert re.search(
+        r"best of 500: \d\.\d\d of \d\.\d\d; Spearman 0\.\d\d", capsys.readouterr().out
+    )
     assert not Path(names["folder"].name).exists()
 
 
@@ -52,9 +58,14 @@ def test_the_example_runs_from_anywhere(tmp_path):
     command = [sys.executable, "-W", "error", str(script)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
-    rows = {tuple(line.split()[:2]): line.split()[2:] for line in result.stdout.splitlines() if line}
+    rows = {
+        tuple(line.split()[:2]): line.split()[2:] for line in result.stdout.splitlines() if line
+    }
     for model in ("BT_MLP", "CLF_MLP"):
-        by_strategy = {name: float(rows[name, model][1]) for name in ("diverse", "random", "cross_prompt", "similar")}
+        by_strategy = {
+            name: float(rows[name, model][1])
+            for name in ("diverse", "random", "cross_prompt", "similar")
+        }
         assert min(by_strategy.values()) > 0.1 and by_strategy["diverse"] > 0.5
     assert "order error" in result.stdout and not list(tmp_path.rglob("*.npy"))
 
@@ -69,4 +80,6 @@ def test_the_example_opens_as_a_notebook():
         assert kind in ("", " [markdown]")
         if kind:
             assert all(line.startswith("#") for line in lines if line)
-    assert not re.search(r"^(import|from) step|generate_demo_data|convert_embeddings", text, re.MULTILINE)
+    assert not re.search(
+        r"^(import|from) step|generate_demo_data|convert_embeddings", text, re.MULTILINE
+    )

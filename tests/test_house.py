@@ -21,7 +21,10 @@ OUTSIDE = len(LEVELS)  # steps, studies, benchmarks and the other scripts
 
 def read_sources():
     folders = ("rewardlib", "studies", "benchmarks")
-    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    paths = [
+        *ROOT.glob("*.py"),
+        *(path for folder in folders for path in (ROOT / folder).rglob("*.py")),
+    ]
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
 
@@ -68,7 +71,9 @@ def violations(sources):
 def circles(sources):
     """Modules that import each other, directly or through others."""
     modules = {module_of(file): source for file, source in sources.items()}
-    below = {module: {*imports_of(source, modules)} & set(modules) for module, source in modules.items()}
+    below = {
+        module: {*imports_of(source, modules)} & set(modules) for module, source in modules.items()
+    }
     while free := {module for module, others in below.items() if not others - {module}}:
         below = {module: others - free for module, others in below.items() if module not in free}
     return sorted(below)
@@ -106,7 +111,10 @@ def test_a_module_above_what_it_may_import_is_found(file, line):
 
 
 def test_a_circle_is_found():
-    sources = {"rewardlib/data/a.py": "from rewardlib.data import b", "rewardlib/data/b.py": "import rewardlib.data.a"}
+    sources = {
+        "rewardlib/data/a.py": "from rewardlib.data import b",
+        "rewardlib/data/b.py": "import rewardlib.data.a",
+    }
     assert circles(sources) == ["rewardlib.data.a", "rewardlib.data.b"]
 
 
@@ -116,4 +124,8 @@ def test_only_the_table_of_public_names_is_lazy():
 
 
 def test_scripts_are_in_the_root_and_modules_in_rooms():
-    assert not [path for path in Path(ROOT / "rewardlib").rglob("*.py") if len(path.relative_to(ROOT).parts) > 3]
+    assert not [
+        path
+        for path in Path(ROOT / "rewardlib").rglob("*.py")
+        if len(path.relative_to(ROOT).parts) > 3
+    ]

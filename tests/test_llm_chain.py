@@ -21,7 +21,9 @@ RESULTS = ("EMBD-*.npy", "rewards_*.json")
 
 
 def environment(tiny, out, **settings):
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
+    }
     chosen = {
         "RUN_GPU_STEPS": 1,
         "MODEL_NAME": tiny / "language",
@@ -53,7 +55,9 @@ def run_all(tiny, out, **settings):
 
 
 def data_of(out):
-    return {path.name: path.read_bytes() for pattern in RESULTS for path in (out / "data").glob(pattern)}
+    return {
+        path.name: path.read_bytes() for pattern in RESULTS for path in (out / "data").glob(pattern)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,9 @@ def kill_at(tiny, out, pattern, **settings):
 
 def test_preflight_compares_the_weights_with_the_memory():
     problems = preflight._memory({"generator": "gemma7b"}, {"generator": 10**15})
-    assert len(problems) == 1 and problems[0].startswith("generator gemma7b: expected 1200000.0 GB of ")
+    assert len(problems) == 1 and problems[0].startswith(
+        "generator gemma7b: expected 1200000.0 GB of "
+    )
     assert preflight._memory({"generator": "gemma7b"}, {"generator": 10**6}) == []
 
 

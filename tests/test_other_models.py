@@ -23,13 +23,21 @@ def recorded(path, n=60, seed=0):
     emb = rng.standard_normal((n, 2, 6)).astype(np.float16)
     wrong = emb[:, 0, 0] < emb[:, 1, 0]
     emb[wrong] = emb[wrong, ::-1]
-    np.savez(path, embeddings=emb, prompt_ids=np.arange(n) // 2, ties=np.arange(n) % 6 == 0, subset=np.arange(n) % 2)
+    np.savez(
+        path,
+        embeddings=emb,
+        prompt_ids=np.arange(n) // 2,
+        ties=np.arange(n) % 6 == 0,
+        subset=np.arange(n) % 2,
+    )
     return path
 
 
 def run(number, path, out, *flags):
     name = {5: "step5_train_rms", 6: "step6_eval_rms"}[number]
-    importlib.import_module(name).main([*SMALL, "--pairs", str(path), "--output_dir", str(out), *flags])
+    importlib.import_module(name).main(
+        [*SMALL, "--pairs", str(path), "--output_dir", str(out), *flags]
+    )
 
 
 def digests(folder):
@@ -47,7 +55,9 @@ def test_recorded_pairs_go_through_steps_5_and_6(tmp_path, capsys):
     assert results["held_out"]["n_pairs"] + results["held_out"]["n_ties"] == 12
     assert set(results["held_out"]["aggregations"]["mean"]["by_subset"]) == {"0", "1"}
     maps = json.loads((tmp_path / "a" / f"preference_maps_{stem}.json").read_text())
-    assert set(maps) == {"maps", "members"} and maps["members"]["files"][1].startswith("HumanPairs_mlp_bt_1_seed6")
+    assert set(maps) == {"maps", "members"} and maps["members"]["files"][1].startswith(
+        "HumanPairs_mlp_bt_1_seed6"
+    )
     assert "36 train, 12 calibration, 12 held_out pairs" in capsys.readouterr().out
     run(5, path, tmp_path / "a")
     run(6, path, tmp_path / "a")
@@ -56,7 +66,9 @@ def test_recorded_pairs_go_through_steps_5_and_6(tmp_path, capsys):
 
 def test_step_6_refuses_other_pairs(tmp_path):
     run(5, recorded(tmp_path / "pairs.npz"), tmp_path / "out")
-    with pytest.raises(InputError, match="expected the pairs its reward models were trained on, found other ones"):
+    with pytest.raises(
+        InputError, match="expected the pairs its reward models were trained on, found other ones"
+    ):
         run(6, recorded(tmp_path / "pairs.npz", seed=1), tmp_path / "out")
 
 
@@ -73,7 +85,9 @@ def run_steps(data, out, *flags):
     for number, name in STEPS.items():
         few = ["--ensemble_number", "3", "--n_sample", "24", "--n_pairs", "4"]
         few += ["--distill_epochs", "2"] if number >= 7 else []
-        importlib.import_module(name).main([*few, "--data_dir", str(data), "--output_dir", str(out), *flags])
+        importlib.import_module(name).main(
+            [*few, "--data_dir", str(data), "--output_dir", str(out), *flags]
+        )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,9 @@ def test_other_reward_models_go_through_all_steps(data, tmp_path, model, objecti
     assert results["Teacher ORM"]["spearman"] > 0.1
     [record] = (json.loads(path.read_text()) for path in (tmp_path / "a").glob("orm_*.json"))
     rows = np.load(data / "EMBD-TRAIN-split_0.npy")
-    scores = [model_files.load(path, rows.shape[1]).predict(rows.astype(np.float32)) for path in members]
+    scores = [
+        model_files.load(path, rows.shape[1]).predict(rows.astype(np.float32)) for path in members
+    ]
     assert not np.allclose(scores[0], scores[1])  # each on a bootstrap of its own
     assert record["settings"]["replacement"] is True and len(record["scale"]["centre"]) == 3
     report.main([str(tmp_path / "a")])
@@ -108,11 +124,15 @@ def test_other_reward_models_go_through_all_steps(data, tmp_path, model, objecti
 @pytest.mark.parametrize("seed", ["6", "7", "8"])
 def test_few_labels_that_are_all_alike_by_chance_are_enough(data, tmp_path, capsys, seed):
     flags = "--rm_model", "linear", "--n_sample", "6", "--seed", seed
-    importlib.import_module(STEPS[5]).main([*flags, "--data_dir", str(data), "--output_dir", str(tmp_path)])
+    importlib.import_module(STEPS[5]).main(
+        [*flags, "--data_dir", str(data), "--output_dir", str(tmp_path)]
+    )
     assert len(list(tmp_path.glob("*.npz"))) == 10 and "computing in" not in capsys.readouterr().out
 
 
-def test_recorded_pairs_are_trained_on_in_the_precision_that_is_recorded(tmp_path, monkeypatch, capsys):
+def test_recorded_pairs_are_trained_on_in_the_precision_that_is_recorded(
+    tmp_path, monkeypatch, capsys
+):
     path, types, train = recorded(tmp_path / "pairs.npz"), [], train_ensemble
 
     def remember(rows, *rest):
@@ -137,7 +157,9 @@ def test_recorded_pairs_are_trained_on_in_the_precision_that_is_recorded(tmp_pat
 )
 def test_models_and_objectives_that_do_not_go_together(data, tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
-        importlib.import_module(STEPS[5]).main([*flags, "--data_dir", str(data), "--output_dir", str(tmp_path / "out")])
+        importlib.import_module(STEPS[5]).main(
+            [*flags, "--data_dir", str(data), "--output_dir", str(tmp_path / "out")]
+        )
 
 
 def test_recorded_pairs_have_no_golden_rewards(tmp_path):
@@ -150,5 +172,7 @@ def test_recorded_pairs_with_a_linear_model(tmp_path):
     path = recorded(tmp_path / "pairs.npz", n=200)
     for number in (5, 6):
         run(number, path, tmp_path / "out", "--rm_model", "linear")
-    [results] = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("eval_results_*.json"))
+    [results] = (
+        json.loads(path.read_text()) for path in (tmp_path / "out").glob("eval_results_*.json")
+    )
     assert results["held_out"]["aggregations"]["mean"]["accuracy"] > 0.8

@@ -15,7 +15,9 @@ SMALL = {"N_SAMPLE": "20", "N_PAIRS": "2", "ENSEMBLE_NUMBER": "2", "DISTILL_EPOC
 
 
 def environment(**settings):
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
+    }
     return {
         **kept,
         "PYTHON": sys.executable,
@@ -27,20 +29,30 @@ def environment(**settings):
 
 def run_all(cwd, **settings):
     command = ["bash", str(ROOT / "run_all.sh")]
-    return subprocess.run(command, cwd=cwd, env=environment(**settings), capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(**settings), capture_output=True, text=True
+    )
 
 
 def start(cwd, **settings):
     command = ["bash", str(ROOT / "run_all.sh")]
     out = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=cwd, env=environment(**settings), stdout=out, stderr=out, text=True, start_new_session=True
+        command,
+        cwd=cwd,
+        env=environment(**settings),
+        stdout=out,
+        stderr=out,
+        text=True,
+        start_new_session=True,
     )
 
 
 def results(folder):
     changing = {"manifest.json", ".inspected.json", ".lock", "report.html"}
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in changing}
+    return {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in changing
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +116,10 @@ def test_unknown_values_are_refused_before_anything_runs(tmp_path, settings, mes
 
 def test_own_empty_data_folder_is_not_filled_with_demo_data(tmp_path):
     result = run_all(tmp_path, DATA_DIR="mine")
-    assert (result.returncode, "mine: expected EMBD-TRAIN-split_0.npy" in result.stderr) == (2, True)
+    assert (result.returncode, "mine: expected EMBD-TRAIN-split_0.npy" in result.stderr) == (
+        2,
+        True,
+    )
     assert not (tmp_path / "mine").exists()
 
 
@@ -136,11 +151,17 @@ def test_steps_that_are_killed_are_told(data, tmp_path):
     while process.poll() is None and not log.exists():
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) == 1 and b"rewardlib.cli.chain" in Path(f"/proc/{children[0]}/cmdline").read_bytes()
+    assert (
+        len(children) == 1
+        and b"rewardlib.cli.chain" in Path(f"/proc/{children[0]}/cmdline").read_bytes()
+    )
     os.kill(int(children[0]), signal.SIGKILL)
     _, error = process.communicate()
     assert process.returncode == 137
-    assert "run_all.sh: steps 5 to 8 were killed (status 137); the same command goes on from there" in error
+    assert (
+        "run_all.sh: steps 5 to 8 were killed (status 137); the same command goes on from there"
+        in error
+    )
 
 
 def test_two_runs_in_one_folder_take_turns(data, tmp_path):
@@ -189,14 +210,20 @@ def test_demo_by_default(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "best reachable: Spearman" in result.stdout
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
-    assert (manifest["train"]["N"], manifest["train"]["K"], manifest["train"]["D"]) == (200, 10, 2048)
+    assert (manifest["train"]["N"], manifest["train"]["K"], manifest["train"]["D"]) == (
+        200,
+        10,
+        2048,
+    )
 
 
 def test_scripts_show_help_without_work(tmp_path):
     scripts = [p for p in ROOT.glob("*.py") if p.name != "networks.py"]
     assert len(scripts) >= 6
     for script in scripts:
-        result = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stderr
         for part in ("Reads", "Writes", "Example"):
             assert part in result.stdout, (script, part)

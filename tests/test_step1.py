@@ -31,7 +31,9 @@ def tiny(tmp_path_factory):
 
 def sft(tiny, out, *flags):
     flags = ["--epochs", "1", "--learning_rate", "0.01", "--output_dir", str(out), *flags]
-    step1_sft.main(["--model_name", str(tiny / "language"), "--dataset", str(tiny / "sft.jsonl"), *flags])
+    step1_sft.main(
+        ["--model_name", str(tiny / "language"), "--dataset", str(tiny / "sft.jsonl"), *flags]
+    )
     return responses.adapter_folder(out, str(tiny / "language"), str(tiny / "sft.jsonl"))
 
 
@@ -45,13 +47,17 @@ def test_help_is_light():
     )
     names = sorted(path.name for path in ROOT.glob("step[1-4]*.py"))
     assert len(names) == 5
-    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     assert done.stdout.count("usage:") == 5
 
 
 def test_completion_mask_exact(tiny):
     tokenizer = loading.load_tokenizer(str(tiny / "language"))
-    rows, counts = step1_sft.encode_rows(tokenizer, [("\n\nHuman: a b\n\nAssistant:", "red stone ")], 64)
+    rows, counts = step1_sft.encode_rows(
+        tokenizer, [("\n\nHuman: a b\n\nAssistant:", "red stone ")], 64
+    )
     head = tokenizer("\n\nHuman: a b\n\nAssistant:")["input_ids"]
     tail = [*tokenizer(" red stone", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert head[0] == tokenizer.bos_token_id and head[-1] != tokenizer.eos_token_id
@@ -88,19 +94,27 @@ def test_learns_skips_and_resumes_to_the_same_adapter(tiny, tmp_path, capsys, mo
     assert "already done" in capsys.readouterr().out
 
     publish = step1_sft.publish
-    monkeypatch.setattr(step1_sft, "publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        step1_sft, "publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         sft(tiny, tmp_path / "cut", "--save_steps", "2")
-    cut = responses.adapter_folder(tmp_path / "cut", str(tiny / "language"), str(tiny / "sft.jsonl"))
+    cut = responses.adapter_folder(
+        tmp_path / "cut", str(tiny / "language"), str(tiny / "sft.jsonl")
+    )
     assert artifacts.read_manifest(cut) == {}
     # the newest checkpoint was cut off while it was written, so the one before it counts
-    newest = max((cut / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    newest = max(
+        (cut / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+    )
     (newest / "trainer_state.json").unlink()
     monkeypatch.setattr(step1_sft, "publish", publish)
     sft(tiny, tmp_path / "cut", "--save_steps", "2")
     assert "going on from" in capsys.readouterr().out
     names = ("adapter_model.safetensors",)
-    assert [(whole / "adapter" / n).read_bytes() for n in names] == [(cut / "adapter" / n).read_bytes() for n in names]
+    assert [(whole / "adapter" / n).read_bytes() for n in names] == [
+        (cut / "adapter" / n).read_bytes() for n in names
+    ]
 
 
 def test_sources(tmp_path):
@@ -114,7 +128,9 @@ def test_sources(tmp_path):
     ]
     talk = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
     rows = {"chosen": [talk], "rejected": [talk]}
-    both = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows), test=datasets.Dataset.from_dict(rows))
+    both = datasets.DatasetDict(
+        train=datasets.Dataset.from_dict(rows), test=datasets.Dataset.from_dict(rows)
+    )
     both.save_to_disk(tmp_path / "hh-rlhf-harmless")
     assert prompts.read_examples("hh-rlhf-harmless", tmp_path) == [(talk.removesuffix(" d"), " d")]
     read = prompts.read_prompts("hh-rlhf-harmless", "test", tmp_path)
@@ -135,7 +151,9 @@ def test_bad_sources(tmp_path, monkeypatch):
         prompts.read_examples("hh-rlhf-harmless-gpt4", tmp_path)
     path = tmp_path / "x.csv"
     path.write_text("prompt,text\na,b\n")
-    with pytest.raises(InputError, match="line 2: expected text under completion or response, found the columns"):
+    with pytest.raises(
+        InputError, match="line 2: expected text under completion or response, found the columns"
+    ):
         prompts.read_examples(str(path), tmp_path)
     path.write_text("prompt\n")
     with pytest.raises(InputError, match="expected at least one row, found none"):
@@ -151,18 +169,32 @@ def test_bad_sources(tmp_path, monkeypatch):
         prompts.read_examples("nonsense", tmp_path)
 
     def broken_off(*args, **kwargs):
-        raise ConnectionError("peer closed connection without sending complete message body\nreceived 3 of 9")
+        raise ConnectionError(
+            "peer closed connection without sending complete message body\nreceived 3 of 9"
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", broken_off)
-    with pytest.raises(InputError, match="Anthropic/hh-rlhf: expected .* peer closed .* the same command goes on"):
+    with pytest.raises(
+        InputError, match="Anthropic/hh-rlhf: expected .* peer closed .* the same command goes on"
+    ):
         prompts.read_prompts("hh-rlhf-helpful", "train", tmp_path)
 
 
 def test_bad_model_is_one_line(tiny, tmp_path):
-    flags = ["--model_name", "no/such-model", "--dataset", str(tiny / "sft.jsonl"), "--output_dir", str(tmp_path)]
+    flags = [
+        "--model_name",
+        "no/such-model",
+        "--dataset",
+        str(tiny / "sft.jsonl"),
+        "--output_dir",
+        str(tmp_path),
+    ]
     command = [sys.executable, "step1_sft.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "step1: no/such-model: expected a local folder or a model on the hub" in done.stderr
+    assert (
+        done.returncode == 2
+        and "step1: no/such-model: expected a local folder or a model on the hub" in done.stderr
+    )
     assert len(done.stderr.strip().splitlines()) == 1
 
 

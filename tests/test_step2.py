@@ -32,7 +32,14 @@ def tiny(tmp_path_factory):
 
 def flags_of(tiny, out, *flags):
     source = str(tiny / "prompts_{data_class}.jsonl")
-    model = ["--model_name", str(tiny / "language"), "--adapter_name", "none", "--eval_dataset", source]
+    model = [
+        "--model_name",
+        str(tiny / "language"),
+        "--adapter_name",
+        "none",
+        "--eval_dataset",
+        source,
+    ]
     return [*model, "--n_samples", "3", "--max_len", "8", "--output_dir", str(out), *flags]
 
 
@@ -43,7 +50,11 @@ def generate(tiny, out, *flags):
 
 def rows_of(folder, data_class="train"):
     parts = [responses.part_folder(folder, data_class, part) for part in range(responses.PARTS)]
-    return [json.loads(line) for part in parts for line in (part / "responses.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for part in parts
+        for line in (part / "responses.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +70,9 @@ def test_ids_survive_dropped_prompts(tiny, made):
     assert all(row["query"] == queries[row["id"]] and len(row["responses"]) == 3 for row in rows)
     about = artifacts.read_json(responses.part_folder(made, "train", 0) / "prompts.json", "step 2")
     assert (about["n_read"], about["n_kept"]) == (13, 12)
-    assert [one["id"] for one in about["dropped"]] == ["train-long"] and about["dropped"][0]["tokens"] > 450
+    assert [one["id"] for one in about["dropped"]] == ["train-long"] and about["dropped"][0][
+        "tokens"
+    ] > 450
 
 
 def test_text_depends_on_its_prompt_alone(tiny, made, tmp_path):
@@ -72,8 +85,12 @@ def test_text_depends_on_its_prompt_alone(tiny, made, tmp_path):
     (tmp_path / "prompts_train.jsonl").write_text("\n".join(lines[::-1][:7]) + "\n")
     fewer = rows_of(generate(tmp_path, tmp_path / "out"))
     assert len(fewer) == 7 and all(row["responses"] == reference[row["id"]] for row in fewer)
-    other_seed = rows_of(generate(tmp_path, tmp_path / "other", "--seed", "7", "--max_prompts", "5"))
-    assert len(other_seed) == 5 and all(row["responses"] != reference[row["id"]] for row in other_seed)
+    other_seed = rows_of(
+        generate(tmp_path, tmp_path / "other", "--seed", "7", "--max_prompts", "5")
+    )
+    assert len(other_seed) == 5 and all(
+        row["responses"] != reference[row["id"]] for row in other_seed
+    )
 
 
 def test_seeds_are_spaced():
@@ -101,10 +118,14 @@ def test_parts_by_hand_equal_all(tiny, made, tmp_path):
 
 def test_killed_and_run_again(tiny, made, tmp_path):
     command = [sys.executable, "step2_gen_sample.py", *flags_of(tiny, tmp_path)]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 60
     while (
-        not list(tmp_path.glob("*/train-part_1/responses.jsonl")) and running.poll() is None and time.time() < deadline
+        not list(tmp_path.glob("*/train-part_1/responses.jsonl"))
+        and running.poll() is None
+        and time.time() < deadline
     ):
         time.sleep(0.01)
     os.kill(running.pid, signal.SIGKILL)
@@ -133,7 +154,9 @@ def test_decode_keeps_the_space_and_stops_at_the_end_token(tiny):
 
 
 def test_refusals(tiny, tmp_path):
-    with pytest.raises(InputError, match="temperature 0 gives one response: expected --n_samples 1, found 3"):
+    with pytest.raises(
+        InputError, match="temperature 0 gives one response: expected --n_samples 1, found 3"
+    ):
         generate(tiny, tmp_path, "--temperature", "0")
     with pytest.raises(InputError, match="expected the finished files of step1_sft.py, found none"):
         generate(tiny, tmp_path, "--adapter_name", "sft", "--sft_dir", str(tmp_path))
@@ -141,7 +164,10 @@ def test_refusals(tiny, tmp_path):
         generate(tiny, tmp_path, "--adapter_name", str(tmp_path))
     with pytest.raises(InputError, match="prompts of at most 3 tokens, found none among 13"):
         generate(tiny, tmp_path, "--max_prompt_tokens", "3")
-    with pytest.raises(InputError, match="no/such: expected the tokenizer of a local folder or of a model on the hub"):
+    with pytest.raises(
+        InputError,
+        match="no/such: expected the tokenizer of a local folder or of a model on the hub",
+    ):
         generate(tiny, tmp_path, "--model_name", "no/such")
 
 
@@ -149,7 +175,9 @@ def test_download_that_breaks_off(tiny, tmp_path):
     broken = tiny_models.make_language_model(tmp_path / "language")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(InputError, match="a causal model in a local folder or on the hub, found: SafetensorError"):
+    with pytest.raises(
+        InputError, match="a causal model in a local folder or on the hub, found: SafetensorError"
+    ):
         loading.load_model("causal", str(broken))
 
 
@@ -173,12 +201,19 @@ def test_adapter_changes_the_text(tiny, made, tmp_path):
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_greedy_vllm_agrees(tiny, tmp_path, tuned):
-    pytest.importorskip("vllm", reason="vllm is not installed: its agreement with transformers is not checked here")
+    pytest.importorskip(
+        "vllm", reason="vllm is not installed: its agreement with transformers is not checked here"
+    )
     flags = ["--n_samples", "1", "--temperature", "0", "--dtype", "float32"]
     if tuned:
-        flags += ["--adapter_name", str(tiny_models.make_adapter(tmp_path / "adapter", tiny / "language"))]
+        flags += [
+            "--adapter_name",
+            str(tiny_models.make_adapter(tmp_path / "adapter", tiny / "language")),
+        ]
     ours = rows_of(generate(tiny, tmp_path / "transformers", *flags, "--backend", "transformers"))
-    command = flags_of(tiny, tmp_path / "vllm", *flags, "--backend", "vllm", "--gpu_memory_utilization", "0.3")
+    command = flags_of(
+        tiny, tmp_path / "vllm", *flags, "--backend", "vllm", "--gpu_memory_utilization", "0.3"
+    )
     subprocess.run([sys.executable, "step2_gen_sample.py", *command], cwd=ROOT, check=True)
     theirs = rows_of(next((tmp_path / "vllm").glob("prompts_*")))
     assert [row["responses"] for row in theirs] == [row["responses"] for row in ours]

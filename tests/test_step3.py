@@ -33,12 +33,21 @@ def gen(tmp_path):
 
 
 def annotate(gen, reward_model, *flags):
-    where = ["--gen_dir", str(gen.parent), "--eval_dataset", "hh-rlhf-helpful", "--adapter_name", "none"]
+    where = [
+        "--gen_dir",
+        str(gen.parent),
+        "--eval_dataset",
+        "hh-rlhf-helpful",
+        "--adapter_name",
+        "none",
+    ]
     step3_reward_annotation.main([*where, "--reward_model", reward_model, *flags])
 
 
 def read(gen, reward_model, name="rewards"):
-    name = f"rewards_{responses.label(reward_model)}.jsonl" if name == "rewards" else "responses.jsonl"
+    name = (
+        f"rewards_{responses.label(reward_model)}.jsonl" if name == "rewards" else "responses.jsonl"
+    )
     parts = [responses.part_folder(gen, "train", part) / name for part in range(responses.PARTS)]
     return [json.loads(line) for path in parts for line in path.read_text().splitlines()]
 
@@ -83,7 +92,10 @@ def test_padding_does_not_change_a_reward(reward_model, side, pad_id):
     """Also when the pad id (1: the end token) closes the text itself."""
     tokenizer = loading.load_tokenizer(reward_model)
     model = loading.load_model("reward", reward_model)
-    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in tiny_models.sentences(20, 8)]
+    ids = [
+        [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        for text in tiny_models.sentences(20, 8)
+    ]
     single = [encoding.score(model, [row], pad_id, 1)[0] for row in ids]
     batched = encoding.score(model, ids, pad_id, 300, side)
     np.testing.assert_allclose(batched, single, atol=1e-5)
@@ -93,27 +105,40 @@ def test_padding_does_not_change_a_reward(reward_model, side, pad_id):
 def test_other_heads_use_their_own_forward(tmp_path):
     torch.manual_seed(0)
     tiny_models.make_tokenizer(tmp_path)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     config = transformers.BertConfig(vocab_size=400, num_labels=1, pad_token_id=2, **sizes)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
     model = loading.load_model("reward", str(tmp_path))
     ids = [[0, *range(5, 5 + n)] for n in (3, 9, 5)]
     batched = encoding.score(model, ids, 2, 1000)
-    np.testing.assert_allclose(batched, [encoding.score(model, [row], 2, 1)[0] for row in ids], atol=1e-5)
+    np.testing.assert_allclose(
+        batched, [encoding.score(model, [row], 2, 1)[0] for row in ids], atol=1e-5
+    )
 
 
 def test_chat_template(reward_model, tmp_path):
     tokenizer = loading.load_tokenizer(reward_model)
     with pytest.raises(InputError, match="a chat template that takes this dialogue"):
-        step3_reward_annotation.reward_ids(tokenizer, "\n\nHuman: a\n\nAssistant:", " b", True, "rm")
+        step3_reward_annotation.reward_ids(
+            tokenizer, "\n\nHuman: a\n\nAssistant:", " b", True, "rm"
+        )
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    ids = step3_reward_annotation.reward_ids(tokenizer, "\n\nHuman: a\n\nAssistant:", " b", True, "rm")
+    ids = step3_reward_annotation.reward_ids(
+        tokenizer, "\n\nHuman: a\n\nAssistant:", " b", True, "rm"
+    )
     assert tokenizer.decode(ids) == "<user>a<assistant>b"
 
 
 def test_untrained_head_is_refused(gen, tmp_path, capsys):
     headless = str(tiny_models.make_reward_model(tmp_path / "headless", head=False))
-    with pytest.raises(InputError, match="expected a reward model with a trained score head, found none for score"):
+    with pytest.raises(
+        InputError, match="expected a reward model with a trained score head, found none for score"
+    ):
         annotate(gen, headless)
     assert not list(gen.glob("*/rewards_*"))
 
@@ -131,11 +156,15 @@ def test_refusals(gen, reward_model):
         annotate(gen, reward_model, "--max_length", "20")
     with pytest.raises(InputError, match="task other: expected --reward_model beside it"):
         step3_reward_annotation.parse_args(["--task", "other"])
-    with pytest.raises(InputError, match=r"test-part_0: expected the finished files of step2_gen_sample.py"):
+    with pytest.raises(
+        InputError, match=r"test-part_0: expected the finished files of step2_gen_sample.py"
+    ):
         annotate(gen, reward_model, "--data_class", "test")
     path = responses.part_folder(gen, "train", 0) / "responses.jsonl"
     path.write_text(path.read_text().replace("river", "water"))
-    with pytest.raises(InputError, match="expected the file as step2_gen_sample.py wrote it, found it changed"):
+    with pytest.raises(
+        InputError, match="expected the file as step2_gen_sample.py wrote it, found it changed"
+    ):
         annotate(gen, reward_model)
 
 

@@ -14,7 +14,12 @@ from rewardlib.llm import responses
 spec = importlib.util.spec_from_file_location("step3_5", ROOT / "step3.5_processing_data.py")
 step3_5 = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(step3_5)
-REWARDS = {"train-0": [0.5, 2.0, 1.0], "train-1": [3, 3, -1], "train-2": [1, 2, 3], "train-3": [3, 2, 1]}
+REWARDS = {
+    "train-0": [0.5, 2.0, 1.0],
+    "train-1": [3, 3, -1],
+    "train-2": [1, 2, 3],
+    "train-3": [3, 2, 1],
+}
 REWARDS |= {"train-4": [0, 0, 0], "train-5": [-2.5, -3.5, -1.5]}
 
 
@@ -27,7 +32,14 @@ def gen(tmp_path):
 
 
 def join(gen, *flags):
-    where = ["--gen_dir", str(gen.parent), "--eval_dataset", "hh-rlhf-helpful", "--adapter_name", "none"]
+    where = [
+        "--gen_dir",
+        str(gen.parent),
+        "--eval_dataset",
+        "hh-rlhf-helpful",
+        "--adapter_name",
+        "none",
+    ]
     step3_5.main([*where, "--reward_model", "rm", *flags])
     return [json.loads(line) for line in (gen / "records_rm_train.jsonl").read_text().splitlines()]
 
@@ -46,13 +58,16 @@ def change(path, edit):
 def test_exact_records(gen, capsys):
     records = join(gen)
     rows = {row["id"]: row for row in tiny_models.hand_rows(6, 3)}
-    assert [(r["id"], r["k"]) for r in records] == [(f"train-{i}", k) for i in range(6) for k in range(3)]
+    assert [(r["id"], r["k"]) for r in records] == [
+        (f"train-{i}", k) for i in range(6) for k in range(3)
+    ]
     assert all(r["response"] == rows[r["id"]]["responses"][r["k"]] for r in records)
     assert all(r["reward"] == REWARDS[r["id"]][r["k"]] for r in records)
     ranks = [[r["rank"] for r in records[i : i + 3]] for i in range(0, 18, 3)]
     assert ranks == [[3, 1, 2], [1, 2, 3], [3, 2, 1], [1, 2, 3], [1, 2, 3], [2, 3, 1]]
-    assert "6 train prompts x 3 responses (0 prompts were dropped in step 2, 0 responses are empty)" in (
-        capsys.readouterr().out
+    assert (
+        "6 train prompts x 3 responses (0 prompts were dropped in step 2, 0 responses are empty)"
+        in (capsys.readouterr().out)
     )
     join(gen)
     assert "already done" in capsys.readouterr().out
@@ -67,7 +82,9 @@ def test_fewer_prompts_than_parts(tmp_path):
 
 def test_missing_parts(gen):
     (gen / "train-part_3" / "manifest.json").rename(gen / "train-part_3" / "kept")
-    with pytest.raises(InputError, match=r"train-part_3: expected .* of step2_gen_sample.py --split 3, found none"):
+    with pytest.raises(
+        InputError, match=r"train-part_3: expected .* of step2_gen_sample.py --split 3, found none"
+    ):
         join(gen)
     with pytest.raises(InputError, match="of step2_gen_sample.py --split 0, found none"):
         join(gen, "--data_class", "test")
@@ -87,7 +104,9 @@ def test_k_must_match(gen, tmp_path):
     manifest = artifacts.read_manifest(gen / "train-part_2")
     manifest["step3 rm"] = artifacts.read_manifest(tmp_path / "old")["step3 rm"]
     artifacts.write_json(gen / "train-part_2" / "manifest.json", manifest)
-    with pytest.raises(InputError, match=r"train-part_2: expected the K of train-part_0 \(3\), found 2"):
+    with pytest.raises(
+        InputError, match=r"train-part_2: expected the K of train-part_0 \(3\), found 2"
+    ):
         join(gen)
 
 
@@ -98,9 +117,13 @@ def test_shuffled_responses_are_found(gen):
     with pytest.raises(InputError, match="expected rewards of the present responses, found older"):
         join(gen)
     manifest = artifacts.read_manifest(path.parent)
-    manifest["step3 rm"]["inputs"]["responses"] = manifest["step2"]["outputs"]["responses.jsonl"]["sha256"]
+    manifest["step3 rm"]["inputs"]["responses"] = manifest["step2"]["outputs"]["responses.jsonl"][
+        "sha256"
+    ]
     artifacts.write_json(path.parent / "manifest.json", manifest)
-    with pytest.raises(InputError, match="expected the reward of response 0 to train-4, found that of another text"):
+    with pytest.raises(
+        InputError, match="expected the reward of response 0 to train-4, found that of another text"
+    ):
         join(gen)
 
 
@@ -112,10 +135,14 @@ def test_other_prompts_missing_rewards_and_changed_files(gen):
         join(gen)
     path.write_bytes(kept)
     change(path, lambda rows: [{**row, "rewards": row["rewards"][:2]} for row in rows])
-    with pytest.raises(InputError, match=r"expected 3 finite rewards of train-0, found \[0.5, 2.0\]"):
+    with pytest.raises(
+        InputError, match=r"expected 3 finite rewards of train-0, found \[0.5, 2.0\]"
+    ):
         join(gen)
     path.write_bytes(kept + b"\n")
-    with pytest.raises(InputError, match="as step3_reward_annotation.py wrote it, found it changed"):
+    with pytest.raises(
+        InputError, match="as step3_reward_annotation.py wrote it, found it changed"
+    ):
         join(gen)
     assert not (gen / "records_rm_train.jsonl").exists()
 

@@ -43,15 +43,31 @@ def gen(tmp_path):
         rows = tiny_models.hand_rows(n, k, split)
         tiny_models.make_parts(folder, split, rows)
         tiny_models.make_rewards(
-            folder, split, {r["id"]: [sign * (100 * i + j) for j in range(k)] for i, r in enumerate(rows)}
+            folder,
+            split,
+            {r["id"]: [sign * (100 * i + j) for j in range(k)] for i, r in enumerate(rows)},
         )
         step3_5.main([*flags_of(folder)[:-2], "--data_class", split])
     return folder
 
 
 def flags_of(gen, out="", model=""):
-    names = ["--gen_dir", str(gen.parent), "--eval_dataset", "hh-rlhf-helpful", "--adapter_name", "none"]
-    return [*names, "--reward_model", "rm", *(["--embed_model_name", model] if model else []), "--output_dir", str(out)]
+    names = [
+        "--gen_dir",
+        str(gen.parent),
+        "--eval_dataset",
+        "hh-rlhf-helpful",
+        "--adapter_name",
+        "none",
+    ]
+    return [
+        *names,
+        "--reward_model",
+        "rm",
+        *(["--embed_model_name", model] if model else []),
+        "--output_dir",
+        str(out),
+    ]
 
 
 def run(gen, out, model, *flags):
@@ -65,7 +81,8 @@ def alone(model_dir, texts):
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir).eval()
     with torch.inference_mode():
         states = [
-            model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states for text in texts
+            model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
+            for text in texts
         ]
     return np.stack([one[-1][0, -1].numpy() for one in states])
 
@@ -74,7 +91,9 @@ def make_gpt2(folder):
     """Absolute positions: under left padding they must be told."""
     tokenizer = tiny_models.make_tokenizer(folder)
     torch.manual_seed(3)
-    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=256)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=256
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return str(folder)
 
@@ -125,22 +144,32 @@ def test_every_row_in_its_place(gen, tmp_path, model, capsys):
             assert [record["query"] + record["response"] for record in records] == texts[j]
             assert [record["id"] for record in records] == [row["id"] for row in rows]
         sign = 1 if split == "train" else -1
-        assert loaded.rewards.tolist() == [[sign * (100 * i + j) for j in range(k)] for i in range(n)]
-        pair = published.find(published.files_in(tmp_path / "pub"), tmp_path / "pub", split, wanted_names(model))
+        assert loaded.rewards.tolist() == [
+            [sign * (100 * i + j) for j in range(k)] for i in range(n)
+        ]
+        pair = published.find(
+            published.files_in(tmp_path / "pub"), tmp_path / "pub", split, wanted_names(model)
+        )
         source = published.open_source(*pair, "KND")
         assert source.shape == (k, n, 64)
         assert (np.load(pair[0]) == np.stack(loaded.embeddings)).all()
         assert (np.load(pair[1]) == loaded.rewards.T).all()
     manifest = artifacts.read_manifest(out)
-    assert manifest["producer"] == "step4_gen_embeddings.py" and len(manifest["files"]) == 2 * (6 + 8)
-    assert not [p.name for p in out.glob(".*") if p.name != ".lock" and not p.name.startswith(".rewards_")]
+    assert manifest["producer"] == "step4_gen_embeddings.py" and len(manifest["files"]) == 2 * (
+        6 + 8
+    )
+    assert not [
+        p.name for p in out.glob(".*") if p.name != ".lock" and not p.name.startswith(".rewards_")
+    ]
     capsys.readouterr()
     run(gen, out, model)
     assert "already done" in capsys.readouterr().out
 
 
 def wanted_names(model):
-    return published.names("helpful", "hh-rlhf-helpful-gpt4", "gpt4", responses.label(model), "gemma7b", "rm")
+    return published.names(
+        "helpful", "hh-rlhf-helpful-gpt4", "gpt4", responses.label(model), "gemma7b", "rm"
+    )
 
 
 def test_shuffled_responses_are_found(gen, tmp_path, model):
@@ -153,11 +182,16 @@ def test_shuffled_responses_are_found(gen, tmp_path, model):
         return rows
 
     change(path, lambda rows: swap(rows, "response"))
-    with pytest.raises(InputError, match="line 1: expected the text that was scored, found another response under k 0"):
+    with pytest.raises(
+        InputError,
+        match="line 1: expected the text that was scored, found another response under k 0",
+    ):
         run(gen, tmp_path / "data", model)
     path.write_bytes(kept)
     change(path, lambda rows: swap(rows, "k", "response", "text", "reward", "rank"))
-    with pytest.raises(InputError, match="line 1: expected response 0 to train-0, found response 1 to train-0"):
+    with pytest.raises(
+        InputError, match="line 1: expected response 0 to train-0, found response 1 to train-0"
+    ):
         run(gen, tmp_path / "data", model)
     path.write_bytes(kept)
     change(path, lambda rows: rows[:-1])
@@ -167,7 +201,9 @@ def test_shuffled_responses_are_found(gen, tmp_path, model):
     change(path, lambda rows: rows)
     rows = [json.loads(line) for line in kept.decode().splitlines()]
     artifacts.write_jsonl(path, swap(rows, "reward"))
-    with pytest.raises(InputError, match=r"as step3.5_processing_data.py wrote it, found it changed"):
+    with pytest.raises(
+        InputError, match=r"as step3.5_processing_data.py wrote it, found it changed"
+    ):
         run(gen, tmp_path / "data", model)
     assert not list((tmp_path / "data").glob("*split_*"))
 
@@ -184,7 +220,9 @@ def test_parts_and_splits_by_hand_equal_all(gen, tmp_path, model, capsys):
     # fewer responses: those of later numbers go, the test split stays
     fewer = run(gen, tmp_path / "both", model, "--train_test", "train", "--n_samples", "2")
     assert embeddings.load(tmp_path / "both").shape == (7, 2, 64)
-    assert fewer == {name: data for name, data in whole.items() if name in fewer} and len(fewer) == 2 * (2 + 8)
+    assert fewer == {name: data for name, data in whole.items() if name in fewer} and len(
+        fewer
+    ) == 2 * (2 + 8)
     # another pooling makes the test files those of another embedding: they go
     run(gen, tmp_path / "both", model, "--train_test", "train", "--pooling", "mean")
     assert embeddings.load(tmp_path / "both", "test") is None
@@ -202,7 +240,11 @@ def test_killed_and_run_again(gen, tmp_path, model):
         stderr=subprocess.STDOUT,
     )
     deadline = time.time() + 60
-    while not list(out.glob(".embedding/train_*/*.json")) and running.poll() is None and time.time() < deadline:
+    while (
+        not list(out.glob(".embedding/train_*/*.json"))
+        and running.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.005)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
@@ -229,7 +271,10 @@ def test_stopped_while_files_are_moved(gen, tmp_path, model, monkeypatch, moved)
     with pytest.raises(KeyboardInterrupt):
         run(gen, out, model)
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(InputError, match=r"unfinished; run step4_gen_embeddings.py again|expected EMBD-TRAIN-split_0"):
+    with pytest.raises(
+        InputError,
+        match=r"unfinished; run step4_gen_embeddings.py again|expected EMBD-TRAIN-split_0",
+    ):
         embeddings.load(out)
     monkeypatch.setattr(encoding, "embed", None)
     new = run(gen, out, model)
@@ -240,13 +285,29 @@ def test_stopped_while_files_are_moved(gen, tmp_path, model, monkeypatch, moved)
 
 def test_data_of_others(gen, tmp_path, model):
     out = tmp_path / "data"
-    demo = ["--n_prompts", "3", "--n_splits", "9", "--n_test_prompts", "2", "--n_test_splits", "2", "--emb_dim", "16"]
-    subprocess.run([sys.executable, "generate_demo_data.py", *demo, "--output_dir", str(out)], cwd=ROOT, check=True)
+    demo = [
+        "--n_prompts",
+        "3",
+        "--n_splits",
+        "9",
+        "--n_test_prompts",
+        "2",
+        "--n_test_splits",
+        "2",
+        "--emb_dim",
+        "16",
+    ]
+    subprocess.run(
+        [sys.executable, "generate_demo_data.py", *demo, "--output_dir", str(out)],
+        cwd=ROOT,
+        check=True,
+    )
     run(gen, out, model)
     assert embeddings.load(out).shape == (7, 6, 64)
     (out / "manifest.json").unlink()
     with pytest.raises(
-        InputError, match=r"data that can be made again, found EMBD-TRAIN-split_0.npy put there by hand"
+        InputError,
+        match=r"data that can be made again, found EMBD-TRAIN-split_0.npy put there by hand",
     ):
         run(gen, out, model)
 
@@ -260,13 +321,17 @@ def test_changed_files_are_made_again(gen, tmp_path, model):
 
 def test_refusals(gen, tmp_path, model, monkeypatch):
     out = tmp_path / "data"
-    with pytest.raises(InputError, match="expected at least the n_samples 11 asked for, found 6 responses"):
+    with pytest.raises(
+        InputError, match="expected at least the n_samples 11 asked for, found 6 responses"
+    ):
         run(gen, out, model, "--n_samples", "11")
     with pytest.raises(InputError, match=r"expected at most 9 tokens a text, found \d+ longer"):
         run(gen, out, model, "--max_length", "9")
     with pytest.raises(InputError, match="no/such: expected a local folder or a model on the hub"):
         run(gen, out, "no/such")
-    with pytest.raises(InputError, match="finished files of step3.5_processing_data.py, found none"):
+    with pytest.raises(
+        InputError, match="finished files of step3.5_processing_data.py, found none"
+    ):
         run(gen, out, model, "--reward_model", "another")
 
     def full(*args, **kwargs):
@@ -275,8 +340,13 @@ def test_refusals(gen, tmp_path, model, monkeypatch):
     monkeypatch.setattr(encoding, "embed", full)
     with pytest.raises(InputError, match=r"CUDA out of memory; lower --batch_tokens \(now 300\)"):
         run(gen, out, model)
-    monkeypatch.setattr(encoding, "embed", lambda model, rows, *a, **k: np.full((len(rows), 4), np.nan))
-    with pytest.raises(InputError, match="expected finite embeddings, found 7 rows that are not, the first of prompt"):
+    monkeypatch.setattr(
+        encoding, "embed", lambda model, rows, *a, **k: np.full((len(rows), 4), np.nan)
+    )
+    with pytest.raises(
+        InputError,
+        match="expected finite embeddings, found 7 rows that are not, the first of prompt",
+    ):
         run(gen, out, model)
     monkeypatch.setattr(staging, "TEXT_BYTES", 1 << 50)
     monkeypatch.setattr(encoding, "embed", None)

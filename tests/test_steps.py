@@ -36,7 +36,9 @@ def read(folder, name):
 
 def contents(folder):
     """{file name: bytes} of all results, without the records of when and where."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in CHANGING}
+    return {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in CHANGING
+    }
 
 
 @pytest.fixture
@@ -70,26 +72,43 @@ def test_published_numbers_are_those_of_the_saved_predictions(data, finished):
     for variant, values in zip(variants.VARIANTS, predictions, strict=True):
         assert results[variant]["spearman"] == np.nanmean(ranking.spearman(values, golden))
         if variant != "Teacher ORM":
-            assert results[variant]["mse"] == pytest.approx(np.mean((values - golden) ** 2), rel=1e-12)
+            assert results[variant]["mse"] == pytest.approx(
+                np.mean((values - golden) ** 2), rel=1e-12
+            )
 
 
 def test_demo_shows_the_point(tmp_path):
     """Demo data at its default size: teacher far above random, calibrated MSE under the variance, student near it."""
     make_data(tmp_path / "data", "--n_prompts", "200", "--n_splits", "10", "--emb_dim", "256")
-    flags = ["--n_sample", "100", "--n_pairs", "1", "--ensemble_number", "10", "--distill_epochs", "20"]
+    flags = [
+        "--n_sample",
+        "100",
+        "--n_pairs",
+        "1",
+        "--ensemble_number",
+        "10",
+        "--distill_epochs",
+        "20",
+    ]
     run_steps(tmp_path / "data", tmp_path, *flags[:6], steps=(5, 6))
     run_steps(tmp_path / "data", tmp_path, *flags, steps=(7, 8))
     results = read(tmp_path, "validation_results.json")
     best = read(tmp_path / "data", "manifest.json")["truth"]["best_reachable"]["test"]
     test = results["test"]
-    assert test["Teacher ORM"]["spearman_ci95"][0] > test["baselines"]["random"]["spearman_ci95"][1] + 0.2
+    assert (
+        test["Teacher ORM"]["spearman_ci95"][0]
+        > test["baselines"]["random"]["spearman_ci95"][1] + 0.2
+    )
     assert test["Teacher ORM"]["spearman"] < best["spearman"]
     assert test["Teacher + Isotonic"]["mse"] < 0.75 * test["golden_variance"]
     assert test["Student"]["spearman"] > test["Teacher ORM"]["spearman"] - 0.03
 
 
 def test_calibration_keeps_every_ranking_metric_of_the_teacher(finished):
-    for block in (read(finished, "validation_results.json"), read(finished, "validation_results.json")["test"]):
+    for block in (
+        read(finished, "validation_results.json"),
+        read(finished, "validation_results.json")["test"],
+    ):
         raw, calibrated = block["Teacher ORM"], block["Teacher + Isotonic"]
         for name in ("spearman", "pair_accuracy", "selected_quantile"):
             assert raw[name] == pytest.approx(calibrated[name], abs=1e-12)
@@ -105,7 +124,10 @@ def test_same_command_gives_the_same_bytes(data, finished, tmp_path):
 
 def test_seed_changes_the_result(data, finished, tmp_path):
     run_steps(data, tmp_path, "--seed", "7")
-    assert read(tmp_path, "prompt_split.json")["held_out"] != read(finished, "prompt_split.json")["held_out"]
+    assert (
+        read(tmp_path, "prompt_split.json")["held_out"]
+        != read(finished, "prompt_split.json")["held_out"]
+    )
 
 
 def test_finished_steps_are_skipped_and_only_dependents_run_again(data, copy, capsys):
@@ -205,7 +227,10 @@ def test_an_evaluation_without_the_new_test_set_is_refused(data, tmp_path):
 def test_scores_of_step_6_are_those_of_the_members_on_the_scale_of_step_5(data, finished):
     """And that scale is the one that the checkpoints have when they are loaded by their names."""
     train, test = embeddings.load_pair(data)
-    split, record = read(finished, "prompt_split.json"), read(finished, next(finished.glob("orm_*.json")).name)
+    split, record = (
+        read(finished, "prompt_split.json"),
+        read(finished, next(finished.glob("orm_*.json")).name),
+    )
     settings = read(finished, "validation_results.json")["settings"]
     dtype = mlp.TYPES[settings["precision"]]
     paths = [finished / member["file"] for member in record["members"]]
@@ -213,7 +238,10 @@ def test_scores_of_step_6_are_those_of_the_members_on_the_scale_of_step_5(data, 
     ensemble = scoring.load(paths, train, fit, dtype)
     np.testing.assert_allclose(record["scale"]["centre"], ensemble.centre, rtol=1e-6)
     np.testing.assert_allclose(record["scale"]["spread"], ensemble.spread, rtol=1e-6)
-    for name, data_set, prompts in (("held_out", train, split["held_out"]), ("test", test, np.arange(20))):
+    for name, data_set, prompts in (
+        ("held_out", train, split["held_out"]),
+        ("test", test, np.arange(20)),
+    ):
         scores = np.load(finished / f"scores_{name}.npy")
         assert scores.shape == (3, len(prompts), data_set.shape[1]) and scores.dtype == np.float32
         np.testing.assert_allclose(scores, scoring.score(ensemble, data_set, prompts), atol=1e-5)
@@ -221,23 +249,29 @@ def test_scores_of_step_6_are_those_of_the_members_on_the_scale_of_step_5(data, 
         np.testing.assert_allclose(predicted, scores.astype(float).mean(0), atol=1e-12)
 
 
-def test_step_8_says_the_same_whether_it_scores_the_teacher_or_reads_its_scores(data, finished, copy, monkeypatch):
+def test_step_8_says_the_same_whether_it_scores_the_teacher_or_reads_its_scores(
+    data, finished, copy, monkeypatch
+):
     """Named in another order, the members are scored again."""
     monkeypatch.setenv("FORCE", "1")
     record = read(copy, next(copy.glob("orm_*.json")).name)
     paths = [str(copy / member["file"]) for member in reversed(record["members"])]
     for number in (7, 8):
         run_step(number, data, copy, "--teacher_ckpt", *paths)
-    files = [member["file"] for member in read(copy, "distillation_config.json")["teacher"]["members"]]
+    files = [
+        member["file"] for member in read(copy, "distillation_config.json")["teacher"]["members"]
+    ]
     assert files == [member["file"] for member in reversed(record["members"])]
     for name in ("predictions_held_out.npy", "predictions_test.npy"):
         np.testing.assert_allclose(np.load(copy / name)[0], np.load(finished / name)[0], atol=1e-5)
         np.testing.assert_allclose(np.load(copy / name)[1], np.load(finished / name)[1], atol=1e-3)
-    before, after = (read(folder, "validation_results.json")["Teacher ORM"] for folder in (finished, copy))
+    before, after = (
+        read(folder, "validation_results.json")["Teacher ORM"] for folder in (finished, copy)
+    )
     assert after["spearman"] == pytest.approx(before["spearman"], abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- precision, size, samples
+# ------------------------------------------------------------------------- precision, size, samples
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -287,12 +321,16 @@ def test_the_student_learns_from_as_many_responses_as_are_allowed(data, copy, li
     rows = embeddings.load(data).take(np.repeat(fitted[:, 0], k), fitted[:, 1:].ravel())
     settings = read(copy, "validation_results.json")["settings"]
     scores = mlp.predict(model, rows, mlp.TYPES[settings["precision"]]).reshape(shape)
-    np.testing.assert_allclose(np.load(copy / "predictions_student_fit.npy"), scores, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(
+        np.load(copy / "predictions_student_fit.npy"), scores, rtol=1e-3, atol=1e-2
+    )
 
 
 def test_fewer_steps_are_fewer_passes(data, copy):
     run_step(7, data, copy, "--distill_steps", "6")
-    assert len((copy / "student_log.jsonl").read_text().splitlines()) == 2, "48 prompts twice over make 3 batches"
+    assert len((copy / "student_log.jsonl").read_text().splitlines()) == 2, (
+        "48 prompts twice over make 3 batches"
+    )
 
 
 def test_one_member_is_in_memory_at_a_time(data, tmp_path, monkeypatch):
@@ -329,11 +367,15 @@ def test_pairs_touch_no_held_out_prompt_and_validation_shares_no_prompt(finished
     assert len(np.load(next(finished.glob("plist_*.npy")))) == len(pairs)
 
 
-@pytest.mark.parametrize("flags", [["--pairing", "sameprompt"], ["--consider_first_n", "-1", "--n_pairs", "1"]])
+@pytest.mark.parametrize(
+    "flags", [["--pairing", "sameprompt"], ["--consider_first_n", "-1", "--n_pairs", "1"]]
+)
 @pytest.mark.parametrize("objective", ["bt", "clf"])
 def test_other_settings_run_through(data, tmp_path, objective, flags):
     flags = ["--rm_objective", objective, "--replacement", "1", "--student_loss", "mse", *flags]
-    run_steps(data, tmp_path, *[f for f in flags if f not in ("--student_loss", "mse")], steps=(5, 6))
+    run_steps(
+        data, tmp_path, *[f for f in flags if f not in ("--student_loss", "mse")], steps=(5, 6)
+    )
     run_steps(data, tmp_path, *flags, steps=(7, 8))
     assert (tmp_path / f"distilled_rm_helpful_{objective}.ckpt").exists()
     assert read(tmp_path, "validation_results.json")["Student"]["spearman"] > 0
@@ -353,7 +395,9 @@ def test_units_of_the_target(data, copy):
     for number in (7, 8):
         run_step(number, data, copy, "--normalize_rewards", "1")
     results = read(copy, "validation_results.json")
-    golden = (train.rewards[split["held_out"]] - train.rewards[fit].mean()) / train.rewards[fit].std()
+    golden = (train.rewards[split["held_out"]] - train.rewards[fit].mean()) / train.rewards[
+        fit
+    ].std()
     assert results["golden_variance"] == pytest.approx(golden.var())
     for number in (7, 8):
         run_step(number, data, copy, "--binarize_rewards", "1")
@@ -370,12 +414,19 @@ def test_joblib_map_and_its_json_twin_agree(finished):
     x = np.linspace(-5, 5, 101)
     for name in ("isotonic_teacher_map", "isotonic_student_map", "isotonic_map"):
         numbers = read(finished, f"{name}.json")
-        assert np.array_equal(joblib.load(finished / f"{name}.joblib").predict(x), calibration.from_numbers(numbers)(x))
+        assert np.array_equal(
+            joblib.load(finished / f"{name}.joblib").predict(x),
+            calibration.from_numbers(numbers)(x),
+        )
 
 
 def test_published_checkpoint_as_teacher(data, copy, tmp_path, capsys):
     reference = torch.nn.Sequential(
-        torch.nn.Linear(24, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 512), torch.nn.ReLU(), torch.nn.Linear(512, 1)
+        torch.nn.Linear(24, 1024),
+        torch.nn.ReLU(),
+        torch.nn.Linear(1024, 512),
+        torch.nn.ReLU(),
+        torch.nn.Linear(512, 1),
     )
     state = {
         f"fc{i}.{part}": reference.state_dict()[f"{2 * (i - 1)}.{part}"]
@@ -395,7 +446,7 @@ def test_published_checkpoint_as_teacher(data, copy, tmp_path, capsys):
         assert np.array_equal(loaded(torch.from_numpy(rows)).numpy(), expected)
 
 
-# --------------------------------------------------------------------------------------------------------- leakage
+# ------------------------------------------------------------------------------------------ leakage
 
 
 def test_changed_split_is_caught(data, copy):
@@ -410,15 +461,21 @@ def test_changed_split_is_caught(data, copy):
 def test_held_out_prompt_in_a_fit_is_caught(data, copy, fit):
     """Plant the leak and forge the manifest, so that only the comparison of the prompts can find it."""
     held_out = read(copy, "prompt_split.json")["held_out"][0]
-    name = next(copy.glob("orm_*.json")).name if fit == "reward models" else "distillation_config.json"
+    name = (
+        next(copy.glob("orm_*.json")).name if fit == "reward models" else "distillation_config.json"
+    )
     content = read(copy, name)
-    place = {"reward models": content, "isotonic maps": content.get("calibration"), "student": content.get("student")}[
-        fit
-    ]
+    place = {
+        "reward models": content,
+        "isotonic maps": content.get("calibration"),
+        "student": content.get("student"),
+    }[fit]
     place["prompts"][0] = held_out
     artifacts.write_json(copy / name, content)
     manifest = read(copy, "manifest.json")
-    manifest["step5" if fit == "reward models" else "step7"]["outputs"][name] = artifacts.describe_file(copy / name)
+    manifest["step5" if fit == "reward models" else "step7"]["outputs"][name] = (
+        artifacts.describe_file(copy / name)
+    )
     artifacts.write_json(copy / "manifest.json", manifest)
     with pytest.raises(InputError, match="leakage: 1 held-out prompts"):
         run_step(8, data, copy)
@@ -431,11 +488,15 @@ def test_test_set_enters_no_fit(data, finished, tmp_path):
     for path in other.glob("rewards_test_*.json"):
         path.write_text("".join(f'{{"reward": {i * 7 % 5}}}\n' for i in range(20)))
     run_steps(other, tmp_path / "out")
-    for name in ("distilled_rm_helpful_bt.ckpt", "isotonic_student_map.json", "predictions_held_out.npy"):
+    for name in (
+        "distilled_rm_helpful_bt.ckpt",
+        "isotonic_student_map.json",
+        "predictions_held_out.npy",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def run_script(number, *flags, **more):
@@ -472,7 +533,9 @@ def test_equal_rewards_are_refused(data, tmp_path):
     copy = change(data, tmp_path)
     for path in copy.glob("rewards_split_*.json"):
         path.write_text('{"reward": 1.0}\n' * 60)
-    with pytest.raises(InputError, match="no preference can be learned and no ranking metric is defined"):
+    with pytest.raises(
+        InputError, match="no preference can be learned and no ranking metric is defined"
+    ):
         run_step(5, copy, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.ckpt"))
 
@@ -485,7 +548,10 @@ def test_binary_rewards_are_counted_out(data, tmp_path, capsys):
     run_steps(copy, tmp_path / "out", "--pairing", "sameprompt")
     out = capsys.readouterr().out
     assert " 0 of equal reward" not in out
-    assert read(tmp_path / "out", "validation_results.json")["Student"]["n_prompts_without_spearman"] > 0
+    assert (
+        read(tmp_path / "out", "validation_results.json")["Student"]["n_prompts_without_spearman"]
+        > 0
+    )
 
 
 def test_one_response_is_refused(tmp_path):
@@ -503,8 +569,12 @@ def test_unreadable_checkpoints(data, copy, content):
 
 
 def test_checkpoint_of_another_dimension(data, copy, tmp_path):
-    model_files.save_mlp(tmp_path / "other.ckpt", mlp.MLP(32, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(InputError, match=r"24-dimensional embeddings, found fc1\.weight of shape \(1024, 32\)"):
+    model_files.save_mlp(
+        tmp_path / "other.ckpt", mlp.MLP(32, generator=torch.Generator().manual_seed(0))
+    )
+    with pytest.raises(
+        InputError, match=r"24-dimensional embeddings, found fc1\.weight of shape \(1024, 32\)"
+    ):
         run_step(7, data, copy, "--teacher_ckpt", str(tmp_path / "other.ckpt"))
     with pytest.raises(InputError, match="not found"):
         run_step(7, data, copy, "--teacher_ckpt", str(tmp_path / "nothing*.ckpt"))
@@ -520,7 +590,7 @@ def test_data_changed_after_training_is_noticed(data, copy, tmp_path, capsys):
     assert "already done" not in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------------- killing
+# ------------------------------------------------------------------------------------------ killing
 
 
 def test_killed_training_goes_on_with_the_same_result(data, finished, tmp_path):
@@ -554,7 +624,11 @@ def test_stopped_at_every_write(data, finished, tmp_path, monkeypatch, number):
     out = run_steps(data, tmp_path / "start", steps=range(5, number))
     for limit in (1, 2, 4, 7):
         calls.clear()
-        place = shutil.copytree(out, tmp_path / f"out{limit}") if out.exists() else tmp_path / f"out{limit}"
+        place = (
+            shutil.copytree(out, tmp_path / f"out{limit}")
+            if out.exists()
+            else tmp_path / f"out{limit}"
+        )
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", failing)
             with contextlib.suppress(KeyboardInterrupt):
@@ -568,8 +642,19 @@ def test_stopped_at_every_write(data, finished, tmp_path, monkeypatch, number):
 def test_real_data(tmp_path):
     """484 same-prompt labels on real embeddings: a teacher far above random, and a student close to it."""
     names = ["--dataset", "alpaca", "--embed_model", "minilm", "--gen_model", "mix55"]
-    convert_embeddings.main(["--embd_dir", str(REAL), *names, "--output_dir", str(tmp_path / "data")])
-    flags = ["--n_sample", "all", "--n_pairs", "1", "--pairing", "sameprompt", "--ensemble_number", "5"]
+    convert_embeddings.main(
+        ["--embd_dir", str(REAL), *names, "--output_dir", str(tmp_path / "data")]
+    )
+    flags = [
+        "--n_sample",
+        "all",
+        "--n_pairs",
+        "1",
+        "--pairing",
+        "sameprompt",
+        "--ensemble_number",
+        "5",
+    ]
     run_steps(tmp_path / "data", tmp_path / "out", *flags)
     test = read(tmp_path / "out", "validation_results.json")["test"]
     assert test["Teacher ORM"]["spearman"] > 0.47

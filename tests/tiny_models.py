@@ -25,7 +25,9 @@ TEXT = (
 
 def sentences(n, seed=0, shortest=4, longest=12):
     rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(TEXT.split(), rng.integers(shortest, longest + 1))) for _ in range(n)]
+    return [
+        " ".join(rng.choice(TEXT.split(), rng.integers(shortest, longest + 1))) for _ in range(n)
+    ]
 
 
 def make_tokenizer(folder, vocab_size=400, pad=True):
@@ -44,7 +46,9 @@ def make_tokenizer(folder, vocab_size=400, pad=True):
     )
     texts = [f"\n\nHuman: {text}\n\nAssistant: {text}" for text in sentences(200)]
     backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     special = {"bos_token": "<s>", "eos_token": "</s>"} | ({"pad_token": "<pad>"} if pad else {})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.save_pretrained(folder)
@@ -139,12 +143,20 @@ def make_all(folder, n_train=24, n_test=8):
 def make_parts(folder, data_class, rows):
     """Finished parts of step 2, written by hand: rows of {"id", "query", "responses"}."""
 
-    about = {"source": "hand", "n_read": len(rows), "n_kept": len(rows), "dropped": [], "max_prompt_tokens": 450}
+    about = {
+        "source": "hand",
+        "n_read": len(rows),
+        "n_kept": len(rows),
+        "dropped": [],
+        "max_prompt_tokens": 450,
+    }
     for part in range(responses.PARTS):
         part_dir = artifacts.writable_dir(responses.part_folder(folder, data_class, part))
         artifacts.write_jsonl(part_dir / "responses.jsonl", responses.part_of(rows, part))
         artifacts.write_json(part_dir / "prompts.json", about)
-        work = responses.work_of({"n_samples": len(rows[0]["responses"])}, {"model": "hand", "prompts": part})
+        work = responses.work_of(
+            {"n_samples": len(rows[0]["responses"])}, {"model": "hand", "prompts": part}
+        )
         artifacts.record(part_dir, "step2", work, ["responses.jsonl", "prompts.json"], 0)
     return folder
 
@@ -165,7 +177,9 @@ def make_rewards(folder, data_class, rewards, reward_model="rm"):
         ]
         artifacts.write_jsonl(part_dir / f"rewards_{reward_model}.jsonl", made)
         work = responses.work_of({}, {"responses": digest, "reward_model": reward_model})
-        artifacts.record(part_dir, f"step3 {reward_model}", work, [f"rewards_{reward_model}.jsonl"], 0)
+        artifacts.record(
+            part_dir, f"step3 {reward_model}", work, [f"rewards_{reward_model}.jsonl"], 0
+        )
 
 
 def hand_rows(n, k, data_class="train"):
@@ -181,7 +195,7 @@ def hand_rows(n, k, data_class="train"):
     ]
 
 
-# -------------------------------------------------------------------------------------------------------------- real
+# --------------------------------------------------------------------------------------------- real
 
 
 def make_real(folder, texts, n_prompts, n_test):
@@ -197,7 +211,9 @@ def make_real(folder, texts, n_prompts, n_test):
     gguf = next(package.rglob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(folder / "language")
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     model = AutoModelForCausalLM.from_config(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.config.quantization_config = None
@@ -209,16 +225,28 @@ def make_real(folder, texts, n_prompts, n_test):
     unique = sorted({row["prompt"] for row in rows if len(row["prompt"]) < 200})
     rng.shuffle(unique)
     train, test = unique[:n_prompts], unique[n_prompts : n_prompts + n_test]
-    write_jsonl(folder / "prompts_train.jsonl", [{"id": f"train-{i}", "prompt": p} for i, p in enumerate(train)])
-    write_jsonl(folder / "prompts_test.jsonl", [{"id": f"test-{i}", "prompt": p} for i, p in enumerate(test)])
+    write_jsonl(
+        folder / "prompts_train.jsonl",
+        [{"id": f"train-{i}", "prompt": p} for i, p in enumerate(train)],
+    )
+    write_jsonl(
+        folder / "prompts_test.jsonl",
+        [{"id": f"test-{i}", "prompt": p} for i, p in enumerate(test)],
+    )
     # the head and the adapter are fitted on prompts of neither
-    others = [row for row in rows if row["prompt"] in set(unique[n_prompts + n_test :]) and row["response"].strip()]
+    others = [
+        row
+        for row in rows
+        if row["prompt"] in set(unique[n_prompts + n_test :]) and row["response"].strip()
+    ]
     others = [others[i] for i in rng.permutation(len(others))]
     sft = [{"prompt": row["prompt"], "completion": row["response"][:400]} for row in others[:256]]
     write_jsonl(folder / "sft.jsonl", sft)
     fit_head(folder, tokenizer, others[256:756])
     config = AutoModelForSequenceClassification.from_pretrained(folder / "reward").config
-    print(f"{folder}: {len(train)} train and {len(test)} test prompts, {len(sft)} examples, {config.model_type}")
+    print(
+        f"{folder}: {len(train)} train and {len(test)} test prompts, {len(sft)} examples, {config.model_type}"
+    )
 
 
 def fit_head(folder, tokenizer, rows):
@@ -235,13 +263,17 @@ def fit_head(folder, tokenizer, rows):
         chat = prompts.messages(prompts.dialogue(row["prompt"]), text)
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    states = encoding.embed(base, ids, loading.padding_token(tokenizer, "language"), 4096, desc="head")
+    states = encoding.embed(
+        base, ids, loading.padding_token(tokenizer, "language"), 4096, desc="head"
+    )
     vader = SentimentIntensityAnalyzer()
     target = np.array([vader.polarity_scores(text)["compound"] for text in cut])
     fitted, spread = len(rows) * 3 // 4, states.std(axis=0) + 1e-6
     ridge = Ridge(alpha=300.0).fit(states[:fitted] / spread, target[:fitted])
     held_out = pearsonr(ridge.predict(states[fitted:] / spread), target[fitted:]).statistic
-    print(f"golden head: correlation with the lexicon {held_out:.3f} on {len(rows) - fitted} held-out texts")
+    print(
+        f"golden head: correlation with the lexicon {held_out:.3f} on {len(rows) - fitted} held-out texts"
+    )
     reward = AutoModelForSequenceClassification.from_pretrained(folder / "language", num_labels=1)
     with torch.no_grad():
         reward.score.weight.copy_(torch.tensor((ridge.coef_ / spread)[None], dtype=torch.float32))
@@ -253,7 +285,9 @@ if __name__ == "__main__":
     import sys
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output_dir")
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M instead of random models")
     parser.add_argument("--texts", help="JSONL of prompt and response, for --real")

@@ -1,7 +1,7 @@
 """Steps 5 to 8 and their report one after another in one process, each with its own log: what run_all.sh calls.
 
-Python, torch and scipy start once instead of five times. Each step does what its script does when it is called alone.
-Flags before "--" go to every step, flags after it to steps 7 and 8.
+Python, torch and scipy start once instead of five times. Each step does what its script does when
+it is called alone. Flags before "--" go to every step, flags after it to steps 7 and 8.
 
 Reads   what the steps read
 Writes  what the steps write; OUTPUT_DIR/logs/{step}.log   what each of them printed
@@ -50,8 +50,12 @@ def parse_args(argv):
     parser = console.parser(__doc__)
     parser.add_argument("first", type=int, choices=list(STEPS), help="step to begin with")
     parser.add_argument("last", type=int, choices=list(STEPS), help="step to end with")
-    parser.add_argument("--report", type=kinds.switch, default=True, help="0: no report after step 8")
-    parser.add_argument("--output_dir", default="distill_out", help="of the steps; their logs go to logs/ in it")
+    parser.add_argument(
+        "--report", type=kinds.switch, default=True, help="0: no report after step 8"
+    )
+    parser.add_argument(
+        "--output_dir", default="distill_out", help="of the steps; their logs go to logs/ in it"
+    )
     cut = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_known_args(argv[:cut])
     if args.first > args.last:
@@ -68,14 +72,24 @@ def main():
         flags = args.run_flags + (args.distillation_flags if number >= 7 else [])
         run(f"step{number}", STEPS[number], [f"{STEPS[number]}.py", *flags], flags, logs)
     if args.last == 8 and args.report:
-        run("report", "rewardlib.cli.report", ["-m", "rewardlib.cli.report", args.output_dir], [args.output_dir], logs)
+        run(
+            "report",
+            "rewardlib.cli.report",
+            ["-m", "rewardlib.cli.report", args.output_dir],
+            [args.output_dir],
+            logs,
+        )
 
 
 def run(name, module, shown, argv, logs):
     """Call main(argv) of a step with its output copied to logs/{name}.log; end the process where it fails."""
     print(f"\n==> {name}: {shlex.join(['python', *shown])}", flush=True)
     path, started = logs / f"{name}.log", time.time()
-    with open(path, "w") as log, redirect_stdout(Tee(sys.stdout, log)), redirect_stderr(Tee(sys.stderr, log)):
+    with (
+        open(path, "w") as log,
+        redirect_stdout(Tee(sys.stdout, log)),
+        redirect_stderr(Tee(sys.stderr, log)),
+    ):
         try:
             console.run(lambda: importlib.import_module(module).main(argv), name)
             status = 0

@@ -10,19 +10,28 @@ from rewardlib.nets import mlp
 
 def add_run_flags(made):
     """The flags that name a run of reward models; steps 5 to 8 take the same ones with the same defaults."""
-    named = made.add_argument_group("the data (names only; they are recorded and label the results)")
+    named = made.add_argument_group(
+        "the data (names only; they are recorded and label the results)"
+    )
     named.add_argument(
         "--task",
         type=kinds.word,
         default="helpful",
         help="what the golden reward rates: helpful, harmless or your own word",
     )
-    named.add_argument("--embed_model_name", default="gemma2b", help="model that embedded the responses")
+    named.add_argument(
+        "--embed_model_name", default="gemma2b", help="model that embedded the responses"
+    )
     named.add_argument("--sft_obj", default="gpt4", help="what the generating model was tuned on")
-    named.add_argument("--gen_pref_model_name", default="gemma7b", help="model that generated the responses")
+    named.add_argument(
+        "--gen_pref_model_name", default="gemma7b", help="model that generated the responses"
+    )
     labels = made.add_argument_group("preference labels")
     labels.add_argument(
-        "--pairing", choices=["xprompt", "sameprompt"], default="xprompt", help="pairs across or within prompts"
+        "--pairing",
+        choices=["xprompt", "sameprompt"],
+        default="xprompt",
+        help="pairs across or within prompts",
     )
     labels.add_argument(
         "--consider_first_n",
@@ -32,7 +41,10 @@ def add_run_flags(made):
         help="2: any two of the K responses; -1: from the lowest and the highest; -2: from the middle two",
     )
     labels.add_argument(
-        "--n_sample", type=kinds.count_or_all, default=100, help="prompts to label, or all that may be fitted on"
+        "--n_sample",
+        type=kinds.count_or_all,
+        default=100,
+        help="prompts to label, or all that may be fitted on",
     )
     labels.add_argument("--n_pairs", type=kinds.count, default=1, help="pairs per prompt")
     labels.add_argument(
@@ -42,7 +54,10 @@ def add_run_flags(made):
         help="P(i preferred to j) = sigmoid(quality * (r_i - r_j) / reward_scale); below 0: perfect labels",
     )
     labels.add_argument(
-        "--reward_scale", type=kinds.positive, default=None, help="None: standard deviation of the golden rewards"
+        "--reward_scale",
+        type=kinds.positive,
+        default=None,
+        help="None: standard deviation of the golden rewards",
     )
     training = made.add_argument_group("reward models")
     training.add_argument(
@@ -58,8 +73,12 @@ def add_run_flags(made):
         help="Bradley-Terry (mlp, linear, laplace), classification (mlp, linear, lgbm), golden rewards (ridge)",
     )
     training.add_argument("--ensemble_number", type=kinds.count, default=10, help="members")
-    training.add_argument("--training_epochs", type=kinds.count, default=2, help="most passes through the pairs")
-    training.add_argument("--learning_rate", type=kinds.positive, default=0.001, help="peak of the schedule")
+    training.add_argument(
+        "--training_epochs", type=kinds.count, default=2, help="most passes through the pairs"
+    )
+    training.add_argument(
+        "--learning_rate", type=kinds.positive, default=0.001, help="peak of the schedule"
+    )
     training.add_argument(
         "--batch_size",
         type=kinds.count,
@@ -89,10 +108,17 @@ def add_run_flags(made):
     run_group = made.add_argument_group("run")
     run_group.add_argument("--seed", type=kinds.seed, default=6, help="of every random draw")
     run_group.add_argument(
-        "--num_threads", type=kinds.count, default=None, help="None: OMP_NUM_THREADS, else every core"
+        "--num_threads",
+        type=kinds.count,
+        default=None,
+        help="None: OMP_NUM_THREADS, else every core",
     )
-    run_group.add_argument("--data_dir", default="data", help="EMBD-TRAIN-split_{k}.npy and rewards")
-    run_group.add_argument("--output_dir", default="distill_out", help="results; one experiment a folder")
+    run_group.add_argument(
+        "--data_dir", default="data", help="EMBD-TRAIN-split_{k}.npy and rewards"
+    )
+    run_group.add_argument(
+        "--output_dir", default="distill_out", help="results; one experiment a folder"
+    )
 
 
 RUN_FLAGS = (
@@ -137,12 +163,22 @@ def add_pairs_flag(made):
 
 def add_generated_flags(made):
     """The flags that name what steps 2 and 3 made; steps 3, 3.5 and 4 take the same ones with the same defaults."""
-    made.add_argument("--gen_pref_model_name", default="gemma7b", help="model that generated the responses")
+    made.add_argument(
+        "--gen_pref_model_name", default="gemma7b", help="model that generated the responses"
+    )
     made.add_argument("--adapter_name", default="sft", help="as in step 2")
-    made.add_argument("--dataset", default="hh-rlhf-helpful-gpt4", help="what the generator was fine-tuned on")
-    made.add_argument("--eval_dataset", help="where the prompts come from; None: as --dataset, without -gpt4")
-    made.add_argument("--task", default="helpful", help="chooses the reward model: helpful or harmless")
-    made.add_argument("--reward_model", help="rmmistral7b, rayharmless, a hub id or a folder; None: by --task")
+    made.add_argument(
+        "--dataset", default="hh-rlhf-helpful-gpt4", help="what the generator was fine-tuned on"
+    )
+    made.add_argument(
+        "--eval_dataset", help="where the prompts come from; None: as --dataset, without -gpt4"
+    )
+    made.add_argument(
+        "--task", default="helpful", help="chooses the reward model: helpful or harmless"
+    )
+    made.add_argument(
+        "--reward_model", help="rmmistral7b, rayharmless, a hub id or a folder; None: by --task"
+    )
 
 
 def name_sources(args):
@@ -160,17 +196,30 @@ def add_distillation_flags(made):
     """The flags of step 7, which step 8 repeats to name what it validates."""
     group = made.add_argument_group("calibration and distillation")
     group.add_argument(
-        "--teacher_ckpt", nargs="+", help="paths or globs; their mean is the teacher; default: step 5's members"
-    )
-    group.add_argument("--distill_epochs", type=kinds.count, default=20, help="most passes of the student")
-    group.add_argument(
-        "--distill_learning_rate", type=kinds.positive, default=5e-4, help="peak of the student's schedule"
+        "--teacher_ckpt",
+        nargs="+",
+        help="paths or globs; their mean is the teacher; default: step 5's members",
     )
     group.add_argument(
-        "--distill_batch_size", type=kinds.count, default=32, help="prompts per step, with all their responses"
+        "--distill_epochs", type=kinds.count, default=20, help="most passes of the student"
     )
     group.add_argument(
-        "--distill_steps", type=kinds.count, default=250, help="no more passes than make about so many steps"
+        "--distill_learning_rate",
+        type=kinds.positive,
+        default=5e-4,
+        help="peak of the student's schedule",
+    )
+    group.add_argument(
+        "--distill_batch_size",
+        type=kinds.count,
+        default=32,
+        help="prompts per step, with all their responses",
+    )
+    group.add_argument(
+        "--distill_steps",
+        type=kinds.count,
+        default=250,
+        help="no more passes than make about so many steps",
     )
     group.add_argument(
         "--distill_responses",
@@ -179,18 +228,38 @@ def add_distillation_flags(made):
         help="most responses to calibrate on and learn from, spread over the prompts",
     )
     group.add_argument(
-        "--cv_folds", type=kinds.at_least(2), default=5, help="folds, by prompt, of the student's calibrated targets"
-    )
-    group.add_argument("--student_loss", choices=["mse", "hybrid"], default="hybrid", help="hybrid adds a ranking term")
-    group.add_argument("--ranking_lambda", type=kinds.non_negative, default=1.0, help="weight of the ranking term")
-    group.add_argument("--isotonic", choices=["centred", "plain"], default="centred", help="plain makes ties")
-    group.add_argument(
-        "--normalize_rewards", type=kinds.switch, default=False, help="1: calibrate to standardised rewards"
+        "--cv_folds",
+        type=kinds.at_least(2),
+        default=5,
+        help="folds, by prompt, of the student's calibrated targets",
     )
     group.add_argument(
-        "--binarize_rewards", type=kinds.switch, default=False, help="1: calibrate to P(reward > threshold)"
+        "--student_loss",
+        choices=["mse", "hybrid"],
+        default="hybrid",
+        help="hybrid adds a ranking term",
     )
-    group.add_argument("--binarize_threshold", type=kinds.finite, default=0.0, help="of the golden reward")
+    group.add_argument(
+        "--ranking_lambda", type=kinds.non_negative, default=1.0, help="weight of the ranking term"
+    )
+    group.add_argument(
+        "--isotonic", choices=["centred", "plain"], default="centred", help="plain makes ties"
+    )
+    group.add_argument(
+        "--normalize_rewards",
+        type=kinds.switch,
+        default=False,
+        help="1: calibrate to standardised rewards",
+    )
+    group.add_argument(
+        "--binarize_rewards",
+        type=kinds.switch,
+        default=False,
+        help="1: calibrate to P(reward > threshold)",
+    )
+    group.add_argument(
+        "--binarize_threshold", type=kinds.finite, default=0.0, help="of the golden reward"
+    )
 
 
 DISTILLATION_FLAGS = (
@@ -202,5 +271,7 @@ DISTILLATION_FLAGS = (
 def distillation_settings(args):
     """The values of the flags that change what step 7 makes, as a dict."""
     if args.normalize_rewards and args.binarize_rewards:
-        raise InputError("normalize_rewards and binarize_rewards: expected at most one of them to be 1, found both")
+        raise InputError(
+            "normalize_rewards and binarize_rewards: expected at most one of them to be 1, found both"
+        )
     return {name: getattr(args, name) for name in DISTILLATION_FLAGS}

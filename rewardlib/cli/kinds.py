@@ -6,7 +6,9 @@ import math
 
 def switch(text):
     """1/0, true/false, yes/no."""
-    value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower())
+    value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(
+        text.lower()
+    )
     if value is None:
         raise argparse.ArgumentTypeError(f"expected 1 or 0, found {text!r}")
     return value

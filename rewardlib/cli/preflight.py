@@ -16,7 +16,8 @@ WEIGHTS = (".safetensors", ".bin")
 def check(models, dataset, eval_dataset, data_dir, adapter_name, n_responses, max_prompts, folder):
     """Print what the run will take; raise one InputError that names everything that is missing.
 
-    models: {role: name} of generator, reward and embedder; n_responses: {"train": K, "test": K}; max_prompts: or None.
+    models: {role: name} of generator, reward and embedder; n_responses: {"train": K, "test": K};
+    max_prompts: or None.
     """
     missing = [name for name in PACKAGES if not _is_installed(name)]
     if missing:
@@ -42,14 +43,19 @@ def check(models, dataset, eval_dataset, data_dir, adapter_name, n_responses, ma
         problems.append(str(error))
     problems += _memory(models, weights)
     rows = sum(n * n_responses[split] for split, n in n_prompts.items())
-    needed = rows * (4 * hidden + 4 * TEXT_BYTES) + sum(size for role, size in weights.items() if not cached[role])
+    needed = rows * (4 * hidden + 4 * TEXT_BYTES) + sum(
+        size for role, size in weights.items() if not cached[role]
+    )
     free = shutil.disk_usage(folder).free
     if needed > free:
-        problems.append(f"disk: expected {needed / 1e9:.1f} GB free for {rows} responses, found {free / 1e9:.1f} GB")
+        problems.append(
+            f"disk: expected {needed / 1e9:.1f} GB free for {rows} responses, found {free / 1e9:.1f} GB"
+        )
     if problems:
         raise InputError("before the first step: " + "; and ".join(problems))
     sizes = ", ".join(
-        f"{n_responses[split]} responses to each of {n} {split} prompts" for split, n in n_prompts.items()
+        f"{n_responses[split]} responses to each of {n} {split} prompts"
+        for split, n in n_prompts.items()
     )
     print(f"steps 1 to 4 on {_place()}: {sizes}; about {needed / 1e9:.2f} GB of disk")
 
@@ -71,22 +77,35 @@ def _model(name):
         config = AutoConfig.from_pretrained(full)
         hidden = getattr(config.get_text_config(), "hidden_size", None)
         if Path(full).is_dir():
-            return _weight_bytes((path.name, path.stat().st_size) for path in Path(full).iterdir()), True, hidden
+            return (
+                _weight_bytes((path.name, path.stat().st_size) for path in Path(full).iterdir()),
+                True,
+                hidden,
+            )
         import huggingface_hub
 
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             folder = Path(huggingface_hub.snapshot_download(full, local_files_only=True))
-            return _weight_bytes((path.name, path.stat().st_size) for path in folder.iterdir()), True, hidden
+            return (
+                _weight_bytes((path.name, path.stat().st_size) for path in folder.iterdir()),
+                True,
+                hidden,
+            )
         told = huggingface_hub.HfApi().model_info(full, files_metadata=True).siblings
         files = [(one.rfilename, one.size or 0) for one in told]
-        here = [huggingface_hub.try_to_load_from_cache(full, n) for n, _ in files if n.endswith(WEIGHTS)]
+        here = [
+            huggingface_hub.try_to_load_from_cache(full, n) for n, _ in files if n.endswith(WEIGHTS)
+        ]
         return _weight_bytes(files), all(isinstance(path, str) for path in here), hidden
 
 
 def _weight_bytes(files):
     """Bytes of the safetensors files, or of the .bin files where there are none of the former."""
     files = list(files)
-    return next(filter(None, (sum(size for name, size in files if name.endswith(end)) for end in WEIGHTS)), 0)
+    return next(
+        filter(None, (sum(size for name, size in files if name.endswith(end)) for end in WEIGHTS)),
+        0,
+    )
 
 
 def _memory(models, weights):
@@ -96,7 +115,10 @@ def _memory(models, weights):
     if torch.cuda.is_available():
         total, kind = torch.cuda.mem_get_info()[1] * torch.cuda.device_count(), "GPU memory"
     else:
-        total, kind = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory (no GPU was found)"
+        total, kind = (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "memory (no GPU was found)",
+        )
     return [
         f"{role} {models[role]}: expected {1.2 * size / 1e9:.1f} GB of {kind}, found {total / 1e9:.1f} GB"
         for role, size in weights.items()
@@ -107,4 +129,6 @@ def _memory(models, weights):
 def _place():
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (no GPU was found)"
+    return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (no GPU was found)"
+    )

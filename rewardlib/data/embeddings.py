@@ -26,7 +26,8 @@ DTYPES = ("float16", "float32", "float64")
 BLOCK_BYTES = 1 << 25
 READ_BYTES = 1 << 22
 LARGEST = np.finfo(np.float32).max  # rows are read as float32
-# Data of these writers can be made again, so they may replace each other's; anything else in DATA_DIR is left alone.
+# Data of these writers can be made again, so they may replace each other's; anything else in
+# DATA_DIR is left alone.
 PRODUCERS = ("convert_embeddings.py", "generate_demo_data.py")
 UNFINISHED = ".unfinished"
 
@@ -35,9 +36,9 @@ UNFINISHED = ".unfinished"
 class Responses:
     """K responses to each of N prompts.
 
-    embeddings: K memory-mapped arrays (N, D). rewards: (N, K) float64 golden rewards. lengths: (N, K) characters of
-    each response, or None where unknown. groups: (N,) integers, equal for prompts with the same text (all distinct
-    where the text is unknown). digests: {file name: sha256}.
+    embeddings: K memory-mapped arrays (N, D). rewards: (N, K) float64 golden rewards. lengths: (N,
+    K) characters of each response, or None where unknown. groups: (N,) integers, equal for prompts
+    with the same text (all distinct where the text is unknown). digests: {file name: sha256}.
     """
 
     embeddings: list
@@ -53,16 +54,21 @@ class Responses:
     def read(self, prompts, responses):
         """Yield (positions (m,), rows (m, D) as stored) of (prompt, response) index arrays, file by file, in blocks.
 
-        Rows are read in ascending order, and the pages of the file given back to the system: memory is one block.
+        Rows are read in ascending order, and the pages of the file given back to the system: memory
+        is one block.
         """
         prompts, responses = np.asarray(prompts), np.asarray(responses)
         order = np.lexsort((prompts, responses))
-        for at in np.split(order, np.flatnonzero(np.diff(responses[order])) + 1) if len(order) else []:
+        for at in (
+            np.split(order, np.flatnonzero(np.diff(responses[order])) + 1) if len(order) else []
+        ):
             embedding = self.embeddings[responses[at[0]]]
             step = max(1, READ_BYTES // (embedding.itemsize * self.shape[2]))
             for start in range(0, len(at), step):
                 part = at[start : start + step]
-                rows = embedding[prompts[part]].astype(embedding.dtype.newbyteorder("="), order="C", copy=False)
+                rows = embedding[prompts[part]].astype(
+                    embedding.dtype.newbyteorder("="), order="C", copy=False
+                )
                 if isinstance(embedding, np.memmap):
                     embedding._mmap.madvise(mmap.MADV_DONTNEED)
                 yield part, rows
@@ -92,9 +98,10 @@ def find_splits(data_dir, split):
 def load(data_dir, split="train", cache_dir=None):
     """Check and open the `split` ("train" or "test") of DATA_DIR.
 
-    Every file is checked once: dtype, shape, size against header, finite values, reward lines. Files that manifest.json
-    describes (same size, not newer than it) are taken as their writer checked them; what was learned of the others is
-    kept in `cache_dir`/.inspected.json. Returns Responses, or None where a test split is absent; raises InputError.
+    Every file is checked once: dtype, shape, size against header, finite values, reward lines.
+    Files that manifest.json describes (same size, not newer than it) are taken as their writer
+    checked them; what was learned of the others is kept in `cache_dir`/.inspected.json. Returns
+    Responses, or None where a test split is absent; raises InputError.
     """
     data_dir = Path(data_dir)
     numbers = find_splits(data_dir, split)
@@ -107,7 +114,9 @@ def load(data_dir, split="train", cache_dir=None):
             "make them with convert_embeddings.py, generate_demo_data.py or steps 1-4 (RUN_GPU_STEPS=1)"
         )
     if (data_dir / UNFINISHED).exists():
-        raise InputError(f"{data_dir}: its data are unfinished; run {(data_dir / UNFINISHED).read_text()} again")
+        raise InputError(
+            f"{data_dir}: its data are unfinished; run {(data_dir / UNFINISHED).read_text()} again"
+        )
     names = [file_names(split, k) for k in range(numbers[-1] + 1)]
     for name in (name for pair in names for name in pair):
         if not (data_dir / name).is_file():
@@ -126,11 +135,17 @@ def load(data_dir, split="train", cache_dir=None):
     progress = tqdm(names, desc=f"checking {split} data", leave=False, disable=None, unit="file")
     digests = {}
     for (name, reward_name), array in zip(progress, embeddings, strict=True):
-        digests[name] = known.digest(data_dir / name, lambda path, array=array: inspect(path, array))
+        digests[name] = known.digest(
+            data_dir / name, lambda path, array=array: inspect(path, array)
+        )
         digests[reward_name] = known.digest(data_dir / reward_name, artifacts.sha256)
     known.save()
     reward_names = [name for _, name in names]
-    return Responses(embeddings, *_rewards(data_dir, split, reward_names, len(embeddings[0]), digests), digests=digests)
+    return Responses(
+        embeddings,
+        *_rewards(data_dir, split, reward_names, len(embeddings[0]), digests),
+        digests=digests,
+    )
 
 
 def _rewards(data_dir, split, names, n, digests):
@@ -138,7 +153,10 @@ def _rewards(data_dir, split, names, n, digests):
 
     They are kept in DATA_DIR/.rewards_{split}.npz, where that folder can be written to.
     """
-    path, key = data_dir / f".rewards_{split}.npz", artifacts.hash_of([digests[name] for name in names])
+    path, key = (
+        data_dir / f".rewards_{split}.npz",
+        artifacts.hash_of([digests[name] for name in names]),
+    )
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
             rewards, lengths, groups = (kept[name] for name in ("rewards", "lengths", "groups"))
@@ -147,10 +165,18 @@ def _rewards(data_dir, split, names, n, digests):
     except Exception:  # absent, or damaged, which fails in any way: it is made again
         pass
     records = [read_rewards(data_dir / name, n) for name in names]
-    rewards = np.column_stack([[record["reward"] for record in part] for part in records]).astype(float)
+    rewards = np.column_stack([[record["reward"] for record in part] for part in records]).astype(
+        float
+    )
     lengths, groups = _lengths(records), _groups(records, names, data_dir)
     with contextlib.suppress(OSError), artifacts.atomic(path) as file:
-        np.savez(file, key=key, rewards=rewards, lengths=[] if lengths is None else lengths, groups=groups)
+        np.savez(
+            file,
+            key=key,
+            rewards=rewards,
+            lengths=[] if lengths is None else lengths,
+            groups=groups,
+        )
     return rewards, lengths, groups
 
 
@@ -190,7 +216,9 @@ def open_npy(path):
         )
     end = array.offset + array.nbytes
     if path.stat().st_size != end:
-        raise InputError(f"{path}: expected {end} bytes by its header, found {path.stat().st_size}; make it again")
+        raise InputError(
+            f"{path}: expected {end} bytes by its header, found {path.stat().st_size}; make it again"
+        )
     return array
 
 
@@ -205,7 +233,9 @@ def inspect(path, array):
         if not finite.all():
             row, column = np.unravel_index(np.argmin(finite), finite.shape)
             bad, row = block[row, column], start + int(row)
-            raise InputError(f"{path}: expected finite numbers, found {bad} in row {row}; embed that prompt again")
+            raise InputError(
+                f"{path}: expected finite numbers, found {bad} in row {row}; embed that prompt again"
+            )
         digest.update(block.data if array.flags.c_contiguous else block.tobytes())
     return digest.hexdigest() if array.flags.c_contiguous else artifacts.sha256(path)
 
@@ -217,7 +247,8 @@ def read_rewards(path, n):
     try:
         records = [orjson.loads(line) for line in lines]
         taken = all(
-            math.isfinite(r["reward"]) and float not in (type(r.get("id")), type(r.get("query"))) for r in records
+            math.isfinite(r["reward"]) and float not in (type(r.get("id")), type(r.get("query")))
+            for r in records
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         taken = False
@@ -238,7 +269,9 @@ def _parse(path, number, line):
         reward = record["reward"]
         finite = isinstance(reward, (int, float)) and math.isfinite(reward)
     except UnicodeDecodeError:
-        raise InputError(f"{path}: expected JSONL text in UTF-8, found bytes that are not") from None
+        raise InputError(
+            f"{path}: expected JSONL text in UTF-8, found bytes that are not"
+        ) from None
     except (ValueError, KeyError, TypeError, OverflowError):
         shown = line.decode(errors="replace")[:60]
         raise InputError(
@@ -254,10 +287,18 @@ def _lengths(records):
 
     def length(record):
         text, length = record.get("response"), record.get("length")
-        return len(text) if isinstance(text, str) else length if isinstance(length, (int, float)) else None
+        return (
+            len(text)
+            if isinstance(text, str)
+            else length
+            if isinstance(length, (int, float))
+            else None
+        )
 
     lengths = [[length(record) for record in part] for part in records]
-    return np.array(lengths, float).T if all(v is not None for part in lengths for v in part) else None
+    return (
+        np.array(lengths, float).T if all(v is not None for part in lengths for v in part) else None
+    )
 
 
 def _groups(records, names, data_dir):
@@ -271,7 +312,9 @@ def _groups(records, names, data_dir):
                         f"{data_dir / name} line {n + 1}: expected {key} {first[n]!r} as in {names[0]}, "
                         f"found {record.get(key)!r}; every split lists the same prompts in the same order"
                     )
-    keys = [json.dumps(r["query"] if "query" in r else r.get("id", n)) for n, r in enumerate(records[0])]
+    keys = [
+        json.dumps(r["query"] if "query" in r else r.get("id", n)) for n, r in enumerate(records[0])
+    ]
     return np.unique(keys, return_inverse=True)[1]
 
 

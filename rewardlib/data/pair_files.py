@@ -39,9 +39,10 @@ PARQUET_ROWS = 1024
 class HumanPairs:
     """n pairs of responses, response 0 preferred to response 1 except in ties.
 
-    responses: the pairs as n prompts of two responses. Its rewards are 1 and 0, for ties 0.5 and 0.5; its groups are
-    equal for pairs that share a prompt or an answer, directly or through other pairs. subset: (n,) names, or None.
-    ties: (n,) bool. about: what was found, for people and records, as a JSON-able dict; see `describe`.
+    responses: the pairs as n prompts of two responses. Its rewards are 1 and 0, for ties 0.5 and
+    0.5; its groups are equal for pairs that share a prompt or an answer, directly or through other
+    pairs. subset: (n,) names, or None. ties: (n,) bool. about: what was found, for people and
+    records, as a JSON-able dict; see `describe`.
     """
 
     responses: Responses
@@ -74,14 +75,19 @@ def load(path):
                 "save all arrays from the same pairs"
             )
     answers = np.concatenate(
-        [_row_digests(path, name, side) for name, side in zip(_side_names(arrays), sides, strict=True)]
+        [
+            _row_digests(path, name, side)
+            for name, side in zip(_side_names(arrays), sides, strict=True)
+        ]
     )
     prompts = {}
     if "prompt_ids" in arrays:
         prompts["prompt_ids"] = _names(path, "prompt_ids", arrays["prompt_ids"])
     if "prompt_embeddings" in arrays:
         _check_floats(path, "prompt_embeddings", arrays["prompt_embeddings"], "(n, dimensions)", 2)
-        prompts["prompt_embeddings"] = _row_digests(path, "prompt_embeddings", arrays["prompt_embeddings"])
+        prompts["prompt_embeddings"] = _row_digests(
+            path, "prompt_embeddings", arrays["prompt_embeddings"]
+        )
     ties = _ties(path, arrays["ties"]) if "ties" in arrays else np.zeros(n, bool)
     groups = link(n, [*prompts.values(), answers])
     about = {
@@ -105,7 +111,9 @@ def load(path):
 
 def describe(about):
     """Lines for people about what `load` found."""
-    lines = [f"{about['n']} preference pairs x {about['dimensions']} dimensions, {about['n_ties']} of them ties"]
+    lines = [
+        f"{about['n']} preference pairs x {about['dimensions']} dimensions, {about['n_ties']} of them ties"
+    ]
     linked, by_prompt = about["n_linked"], about["n_linked_by_prompt"]
     lines.append(
         f"{linked} pairs linked to others, {by_prompt} by their prompt, {linked - by_prompt} by an answer alone: "
@@ -116,13 +124,15 @@ def describe(about):
             "warning: neither prompt_ids nor prompt_embeddings: two pairs on one prompt may be on two sides of a split"
         )
     if same := about["n_same_responses"]:
-        lines.append(f"{same} pairs hold one embedding twice: no model can order them, they count one half")
+        lines.append(
+            f"{same} pairs hold one embedding twice: no model can order them, they count one half"
+        )
     if about["unused_names"]:
         lines.append(f"not used: {', '.join(about['unused_names'])}; known: {', '.join(NAMES)}")
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 def _read_npz(path):
@@ -148,14 +158,20 @@ def _npz_array(path, archive, member):
         if member.compress_type != zipfile.ZIP_STORED:
             return np.lib.format.read_array(file, allow_pickle=False)
         version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = read_header(file)
         header = file.tell()
     if dtype.hasobject:
         raise ValueError("Object arrays are pickled; save text as np.array(names, dtype=str)")
     if 0 in shape:
         return np.empty(shape, dtype)
-    with open(path, "rb") as file:  # a zip member: 30 bytes, its name and extra field (sizes at byte 26), its data
+    with open(
+        path, "rb"
+    ) as file:  # a zip member: 30 bytes, its name and extra field (sizes at byte 26), its data
         file.seek(member.header_offset + 26)
         start = member.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
     return np.memmap(path, dtype, "r", start + header, shape, "F" if fortran else "C")
@@ -183,7 +199,9 @@ def _read_safetensors(path):
                     arrays[name] = file.get_tensor(name)
                 else:
                     start = 8 + size + entry["data_offsets"][0]
-                    arrays[name] = np.memmap(path, dtypes[entry["dtype"]], "r", start, tuple(entry["shape"]))
+                    arrays[name] = np.memmap(
+                        path, dtypes[entry["dtype"]], "r", start, tuple(entry["shape"])
+                    )
     except (SafetensorError, ValueError, TypeError, OSError) as error:
         raise _unreadable(path, "a whole .safetensors file", error) from None
     if "subset" in arrays and "subset_names" in metadata:
@@ -210,7 +228,9 @@ def _read_parquet(path):
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise InputError(f"{path}: expected pyarrow to read .parquet, found none; install it, or save .npz") from None
+        raise InputError(
+            f"{path}: expected pyarrow to read .parquet, found none; install it, or save .npz"
+        ) from None
     arrays, done = {}, 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -223,7 +243,9 @@ def _read_parquet(path):
                         arrays[name] = np.empty((n, *block.shape[1:]), block.dtype)
                     elif arrays[name].shape[1:] != block.shape[1:]:
                         raise _ragged(path, name, done, arrays[name].shape[1:], block.shape[1:])
-                    elif block.dtype.kind == "U" and block.itemsize > arrays[name].itemsize:  # longer names than before
+                    elif (
+                        block.dtype.kind == "U" and block.itemsize > arrays[name].itemsize
+                    ):  # longer names than before
                         arrays[name] = arrays[name].astype(block.dtype)
                     arrays[name][done : done + len(block)] = block
                 done += batch.num_rows
@@ -242,40 +264,61 @@ def _parquet_block(path, name, column, start):
     shape, values_per_row = [len(column)], 1
     while True:
         if column.null_count:
-            row = start + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))) // values_per_row
-            raise InputError(f"{path}: expected {name} in every row, found null in row {row}; drop the row or fill it")
+            row = (
+                start
+                + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))) // values_per_row
+            )
+            raise InputError(
+                f"{path}: expected {name} in every row, found null in row {row}; drop the row or fill it"
+            )
         if not (
-            types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type)
+            types.is_list(column.type)
+            or types.is_large_list(column.type)
+            or types.is_fixed_size_list(column.type)
         ):
             break
         sizes = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
         odd = int(np.argmax(sizes != sizes[0]))
         if sizes[odd] != sizes[0]:
-            raise _ragged(path, name, start + odd // values_per_row, (int(sizes[0]),), (int(sizes[odd]),))
+            raise _ragged(
+                path, name, start + odd // values_per_row, (int(sizes[0]),), (int(sizes[odd]),)
+            )
         shape.append(int(sizes[0]))
         values_per_row *= shape[-1]
         column = column.flatten()
         if not len(column):
             break
-    numeric = types.is_floating(column.type) or types.is_integer(column.type) or types.is_boolean(column.type)
+    numeric = (
+        types.is_floating(column.type)
+        or types.is_integer(column.type)
+        or types.is_boolean(column.type)
+    )
     values = column.to_numpy(zero_copy_only=False) if numeric else np.array(column.to_pylist())
     return values.reshape(shape)
 
 
 def _ragged(path, name, row, expected, found):
-    return InputError(f"{path}: expected {name} of one length in every row, {expected}, found {found} in row {row}")
+    return InputError(
+        f"{path}: expected {name} of one length in every row, {expected}, found {found} in row {row}"
+    )
 
 
 def _unreadable(path, expected, error):
     reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-    return InputError(f"{path}: expected {expected}, found an unreadable one ({reason}); make it again")
+    return InputError(
+        f"{path}: expected {expected}, found an unreadable one ({reason}); make it again"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def _side_names(arrays):
-    return ("embeddings (chosen)", "embeddings (rejected)") if "embeddings" in arrays else ("chosen", "rejected")
+    return (
+        ("embeddings (chosen)", "embeddings (rejected)")
+        if "embeddings" in arrays
+        else ("chosen", "rejected")
+    )
 
 
 def _sides(path, arrays, others):
@@ -291,7 +334,9 @@ def _sides(path, arrays, others):
         return [array[:, 0], array[:, 1]]
     if "embeddings" in arrays or not {"chosen", "rejected"} <= arrays.keys():
         found = ", ".join([*arrays, *others]) or "nothing"
-        raise InputError(f"{path}: expected either embeddings (n, 2, D) or chosen and rejected (n, D), found {found}")
+        raise InputError(
+            f"{path}: expected either embeddings (n, 2, D) or chosen and rejected (n, D), found {found}"
+        )
     for name in ("chosen", "rejected"):
         _check_floats(path, name, arrays[name], "(n, D)", 2)
     if arrays["chosen"].shape != arrays["rejected"].shape:
@@ -309,7 +354,9 @@ def _check_floats(path, name, array, axes, rank):
             f"{array.dtype.name}"
         )
     if 0 in array.shape:
-        raise InputError(f"{path}: expected at least one pair and one dimension, found {name} of shape {array.shape}")
+        raise InputError(
+            f"{path}: expected at least one pair and one dimension, found {name} of shape {array.shape}"
+        )
 
 
 def _row_digests(path, name, array):
@@ -325,7 +372,9 @@ def _row_digests(path, name, array):
                 f"{path}: expected finite numbers, found {block[row, column]} in row {start + int(row)} of {name}; "
                 "embed that text again"
             )
-        block = np.ascontiguousarray(block, np.float32) + np.float32(0)  # -0.0 and 0.0 are one number
+        block = np.ascontiguousarray(block, np.float32) + np.float32(
+            0
+        )  # -0.0 and 0.0 are one number
         digests += [hashlib.blake2b(row, digest_size=16).digest() for row in block]
     return np.array(digests, "S16")
 
@@ -342,12 +391,19 @@ def _names(path, name, array):
 
 def _ties(path, array):
     if array.ndim != 1 or not np.isin(array, (0, 1)).all():
-        raise InputError(f"{path}: expected ties of shape (n,), True or False, found {array.shape} of {array.dtype}")
+        raise InputError(
+            f"{path}: expected ties of shape (n,), True or False, found {array.shape} of {array.dtype}"
+        )
     return np.asarray(array, bool)
 
 
 def _lengths(path, array):
-    if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iuf" or not (np.isfinite(array).all()):
+    if (
+        array.ndim != 2
+        or array.shape[1] != 2
+        or array.dtype.kind not in "iuf"
+        or not (np.isfinite(array).all())
+    ):
         raise InputError(
             f"{path}: expected length_chars of shape (n, 2), chosen then rejected, all finite, found {array.shape} of "
             f"{array.dtype}"
@@ -355,14 +411,14 @@ def _lengths(path, array):
     return np.asarray(array, float)
 
 
-# ------------------------------------------------------------------------------------------------------------ links
+# -------------------------------------------------------------------------------------------- links
 
 
 def link(n, keys):
     """(n,) group numbers of n rows: rows that have a key in common, directly or through other rows, are one group.
 
-    keys: arrays of n, 2n, ... keys, one name space each; key i belongs to row i modulo n. The groups are the connected
-    components of the graph of rows and keys, numbered by their first row.
+    keys: arrays of n, 2n, ... keys, one name space each; key i belongs to row i modulo n. The
+    groups are the connected components of the graph of rows and keys, numbered by their first row.
     """
     rows, nodes, size = [np.arange(0)], [np.arange(0)], n
     for column in keys:

@@ -1,6 +1,7 @@
 """Preference pairs: which responses are compared, and what a noisy annotator says of them.
 
-A response is named by its (prompt, response) indices; a pair by two of those. Nothing here touches embeddings.
+A response is named by its (prompt, response) indices; a pair by two of those. Nothing here touches
+embeddings.
 """
 
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ REDRAWS = 100
 class Pairs:
     """M annotated pairs.
 
-    prompts: (M, 2) prompt of either side; responses: (M, 2) response of either side; labels: (M,) 1.0 where side 0 was
-    preferred, else 0.0; probability: (M,) chance that side 0 is preferred; reward_diff: (M,) golden reward of side 0
-    minus side 1; folds: (M,) fold of the pair's prompts; n_equal: pairs left out because of equal golden rewards.
+    prompts: (M, 2) prompt of either side; responses: (M, 2) response of either side; labels: (M,)
+    1.0 where side 0 was preferred, else 0.0; probability: (M,) chance that side 0 is preferred;
+    reward_diff: (M,) golden reward of side 0 minus side 1; folds: (M,) fold of the pair's prompts;
+    n_equal: pairs left out because of equal golden rewards.
     """
 
     prompts: np.ndarray
@@ -65,7 +67,9 @@ def same_prompt(pool, n_pairs, rng):
             f"n_pairs: expected at most {len(first)} same-prompt pairs from {size} responses, found {n_pairs}; lower it"
         )
     chosen = np.argsort(rng.random((n, len(first))), axis=1)[:, :n_pairs]
-    responses = np.stack([np.take_along_axis(pool, side[chosen], 1) for side in (first, second)], -1).reshape(-1, 2)
+    responses = np.stack(
+        [np.take_along_axis(pool, side[chosen], 1) for side in (first, second)], -1
+    ).reshape(-1, 2)
     prompts = np.repeat(np.arange(n), n_pairs)
     return np.stack([prompts, prompts], 1), responses
 
@@ -73,16 +77,19 @@ def same_prompt(pool, n_pairs, rng):
 def cross_prompt(pool, folds, n_pairs, rng):
     """n_pairs rounds that pair every prompt with another of its fold.
 
-    pool: (n, C) responses that may be paired; folds: (n,). Prompts of a pair share a fold, so holding a fold out leaves
-    no pair across the border. No pair comes twice, in either order: a repeated one gets another partner. Returns
-    prompts (M, 2) positions and responses (M, 2), M = n * n_pairs.
+    pool: (n, C) responses that may be paired; folds: (n,). Prompts of a pair share a fold, so
+    holding a fold out leaves no pair across the border. No pair comes twice, in either order: a
+    repeated one gets another partner. Returns prompts (M, 2) positions and responses (M, 2), M = n
+    * n_pairs.
     """
     n, size = pool.shape
     prompts = np.empty((n_pairs, n, 2), int)
     for fold in np.unique(folds):
         at = np.flatnonzero(folds == fold)
         if len(at) < 2:
-            raise InputError(f"cross-prompt pairs: expected at least 2 prompts in a fold, found {len(at)}; add prompts")
+            raise InputError(
+                f"cross-prompt pairs: expected at least 2 prompts in a fold, found {len(at)}; add prompts"
+            )
         for turn in range(n_pairs):
             ring = rng.permutation(at)
             prompts[turn, at] = np.stack([ring, np.roll(ring, 1 + turn % (len(at) - 1))], 1)
@@ -96,7 +103,9 @@ def cross_prompt(pool, folds, n_pairs, rng):
             others = np.flatnonzero(folds == folds[prompts[i, 0]])
             prompts[i, 1] = rng.choice(others[others != prompts[i, 0]])
         responses[again] = pool[prompts[again], rng.integers(size, size=(len(again), 2))]
-    raise InputError(f"n_pairs: expected few enough to be all different on {n} prompts, found {n_pairs}; lower it")
+    raise InputError(
+        f"n_pairs: expected few enough to be all different on {n} prompts, found {n_pairs}; lower it"
+    )
 
 
 def _repeated(prompts, responses):
@@ -131,8 +140,9 @@ def annotate(reward_diff, quality, scale, rng):
 def build(rewards, folds, *, pairing, consider_first_n, n_pairs, quality, scale, rng):
     """Pairs of n prompts with (n, K) golden rewards and (n,) folds, annotated; sides in random order.
 
-    pairing: "xprompt" or "sameprompt"; n_pairs per prompt. Prompt numbers are positions in `rewards`. Pairs of equal
-    golden reward carry no information on the order: they are left out and counted.
+    pairing: "xprompt" or "sameprompt"; n_pairs per prompt. Prompt numbers are positions in
+    `rewards`. Pairs of equal golden reward carry no information on the order: they are left out and
+    counted.
     """
     pool = candidates(rewards, consider_first_n)
     if pairing == "xprompt":
@@ -150,4 +160,12 @@ def build(rewards, folds, *, pairing, consider_first_n, n_pairs, quality, scale,
         )
     prompts, responses, difference = prompts[keep], responses[keep], difference[keep]
     labels, probability = annotate(difference, quality, scale, rng)
-    return Pairs(prompts, responses, labels, probability, difference, folds[prompts[:, 0]], int((~keep).sum()))
+    return Pairs(
+        prompts,
+        responses,
+        labels,
+        probability,
+        difference,
+        folds[prompts[:, 0]],
+        int((~keep).sum()),
+    )

@@ -5,8 +5,8 @@
        (K, N, D)                                                  REWARD-{SPLIT}-{task}{-sft_obj}-{gen}.npy (K, N)
     3  embd_{gen}_{embed}_{task}_{split}.npy (N, K, D)            reward_{gen}_{embed}_{task}_{split}.npy (N, K, 1)
 
-Knows arrays and files; convert_embeddings.py is the command, notebook.load_embd_data the call. Each says in its own
-`words` what an error asks for.
+Knows arrays and files; convert_embeddings.py is the command, notebook.load_embd_data the call. Each
+says in its own `words` what an error asks for.
 """
 
 import difflib
@@ -53,32 +53,42 @@ class Source:
     dtype: np.dtype
 
 
-# ------------------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 
 
 def names(task, dataset, sft_obj, embed_model, gen_model, reward_model=None):
     """What fills the {fields} of the file names; the reward model may be None: any.
 
-    Format 3 and the short reward name tell data sets apart by the task alone. Where `dataset` is not one of the task's,
-    they must carry its name instead, lest another data set's files are taken for it.
+    Format 3 and the short reward name tell data sets apart by the task alone. Where `dataset` is
+    not one of the task's, they must carry its name instead, lest another data set's files are taken
+    for it.
     """
     sft = "" if sft_obj in ("", "none") else "-" + sft_obj.lstrip("-")
     if dataset is None and task.lower() not in TASKS:
-        raise InputError(f"--task {task}: expected --dataset beside it, found none; give the name used in the files")
+        raise InputError(
+            f"--task {task}: expected --dataset beside it, found none; give the name used in the files"
+        )
     if dataset is None:
         dataset = f"hh-rlhf-{task}{sft}"
     if task.lower() not in dataset.lower():
         task = dataset
     if task == dataset or not dataset.lower().endswith(sft.lower()):
         sft = ""
-    return {"dataset": dataset, "embed": embed_model, "gen": gen_model, "task": task, "sft": sft, "rm": reward_model}
+    return {
+        "dataset": dataset,
+        "embed": embed_model,
+        "gen": gen_model,
+        "task": task,
+        "sft": sft,
+        "rm": reward_model,
+    }
 
 
 def embedding_files(files, split, *wanted):
     """The embedding files of `split` ("train" or "test") that any of the names(...) `wanted` fits.
 
-    Returns {path: (format number, {field: value}, the names that fit)}. Names may hold "formats", the numbers of those
-    that they are for.
+    Returns {path: (format number, {field: value}, the names that fit)}. Names may hold "formats",
+    the numbers of those that they are for.
     """
     found = {}
     for names in wanted:
@@ -91,7 +101,8 @@ def embedding_files(files, split, *wanted):
 def find(files, folder, split, *wanted, words=COMMAND):
     """The (embedding, reward) paths of `split` ("train" or "test") among `files` of `folder`, for names(...) `wanted`.
 
-    Returns None where there is no embedding file; InputError where several fit or the reward file is missing.
+    Returns None where there is no embedding file; InputError where several fit or the reward file
+    is missing.
     """
     found = embedding_files(files, split, *wanted)
     if not found:
@@ -104,7 +115,9 @@ def find(files, folder, split, *wanted, words=COMMAND):
         if rewards := _matches(files, template, split, names):
             return embedding, _only(rewards, folder, f"{split} reward", words)[0]
     templates, what_for = FORMATS[number][1], f" for {embedding.name}"
-    raise not_found(files, folder, split, names, templates=templates, what_for=what_for, words=words)
+    raise not_found(
+        files, folder, split, names, templates=templates, what_for=what_for, words=words
+    )
 
 
 def not_found(files, folder, split, *wanted, templates=None, what_for="", words=COMMAND):
@@ -113,11 +126,20 @@ def not_found(files, folder, split, *wanted, templates=None, what_for="", words=
     looked_for = []
     for names in wanted:
         parts = templates or [FORMATS[number][0] for number in names.get("formats", FORMATS)]
-        looked_for += [name for part in parts if (name := _readable(part, split, names)) not in looked_for]
-    others = {path.name for path in files if path.name.lower().startswith("reward" if kind == "reward" else "embd")}
+        looked_for += [
+            name for part in parts if (name := _readable(part, split, names)) not in looked_for
+        ]
+    others = {
+        path.name
+        for path in files
+        if path.name.lower().startswith("reward" if kind == "reward" else "embd")
+    }
 
     def likeness(name):
-        return max(difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio() for other in looked_for)
+        return max(
+            difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
+            for other in looked_for
+        )
 
     similar = sorted(sorted(others), key=likeness, reverse=True)[:4]
     return InputError(
@@ -133,7 +155,11 @@ def files_in(folder, words=COMMAND):
         raise InputError(
             f"{folder}: expected a folder with published embedding files, found none; check {words['folder']}"
         )
-    return sorted(path for path in Path(folder).rglob("*") if path.name.lower().endswith(".npy") and path.is_file())
+    return sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.name.lower().endswith(".npy") and path.is_file()
+    )
 
 
 def read_name(path):
@@ -141,7 +167,9 @@ def read_name(path):
     anything = dict.fromkeys(("dataset", "embed", "gen", "task", "rm", "short"), "[^_]+")
     for number, (embedding, rewards) in FORMATS.items():
         for template in (embedding, *rewards):
-            if match := re.fullmatch(_pattern(template, {**anything, "split": "(?i:train|test)"}), Path(path).name):
+            if match := re.fullmatch(
+                _pattern(template, {**anything, "split": "(?i:train|test)"}), Path(path).name
+            ):
                 return number, {field: _plain(value) for field, value in match.groupdict().items()}
     return None, {}
 
@@ -152,20 +180,31 @@ def _plain(value):
 
 def _pattern(template, fields):
     parts = Formatter().parse(template)
-    return "".join(re.escape(text) + (f"(?P<{field}>{fields[field]})" if field else "") for text, field, *_ in parts)
+    return "".join(
+        re.escape(text) + (f"(?P<{field}>{fields[field]})" if field else "")
+        for text, field, *_ in parts
+    )
 
 
 def _matches(files, template, split, wanted):
     """[(path, {field: value})] of the files that `template` names, case aside."""
-    fields = {field: _expression(value) for field, value in wanted.items() if value and field != "formats"}
+    fields = {
+        field: _expression(value) for field, value in wanted.items() if value and field != "formats"
+    }
     fields["short"] = _expression(wanted["task"] + wanted["sft"]) + "-" + fields["gen"]
-    pattern = re.compile(_pattern(template, {"rm": "[^_]+", "split": split, **fields}), re.IGNORECASE)
+    pattern = re.compile(
+        _pattern(template, {"rm": "[^_]+", "split": split, **fields}), re.IGNORECASE
+    )
     hits = ((path, pattern.fullmatch(path.name)) for path in files)
     return [(path, match.groupdict()) for path, match in hits if match]
 
 
 def _expression(value):
-    return f"(?:{'|'.join(map(re.escape, SAME_MODEL))})" if value.lower() in SAME_MODEL else re.escape(value)
+    return (
+        f"(?:{'|'.join(map(re.escape, SAME_MODEL))})"
+        if value.lower() in SAME_MODEL
+        else re.escape(value)
+    )
 
 
 def _readable(template, split, wanted):
@@ -191,7 +230,7 @@ def _only(found, folder, kind, words):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- arrays
+# ------------------------------------------------------------------------------------------- arrays
 
 
 def open_source(embedding, reward, axes="auto", words=COMMAND):
@@ -212,23 +251,38 @@ def open_source(embedding, reward, axes="auto", words=COMMAND):
     if rewards.dtype.kind not in "fiu":
         raise InputError(f"{reward}: expected numbers, found {rewards.dtype.name}")
     where = f"{embedding} with {Path(reward).name}"
-    axes, reward_axes = settle_axes(array.shape, rewards.shape, reward_number or number, axes, where, words)
+    axes, reward_axes = settle_axes(
+        array.shape, rewards.shape, reward_number or number, axes, where, words
+    )
     n, k = (array.shape[axes.index(axis)] for axis in "NK")
-    return Source(Path(embedding), Path(reward), number, axes, reward_axes, (k, n, array.shape[2]), array.dtype)
+    return Source(
+        Path(embedding),
+        Path(reward),
+        number,
+        axes,
+        reward_axes,
+        (k, n, array.shape[2]),
+        array.dtype,
+    )
 
 
 def settle_axes(embedding, reward, number, axes, where, words=COMMAND):
     """Which axis is K and which is N: ("KND" or "NKD" of the embeddings, "KN" or "NK" of the rewards).
 
-    The rewards' two axes must equal the embeddings' first two, straight or swapped; that ties one file to the other.
-    Which of the two is K is documented twice, by shape (two axes: (K, N), three: (N, K, 1)) and by format `number`
-    (1 and 2: K first, 3: N first; None for a name of no format). As both are known to be wrong at times, a documented
-    reading is believed where it makes K the smaller number. Where it does not, or K = N, the files cannot say:
-    InputError, unless `axes` ("KND" or "NKD", else "auto") tells the order of the embeddings. With K = N, `axes`
-    holds for both files. `embedding` and `reward` are shapes.
+    The rewards' two axes must equal the embeddings' first two, straight or swapped; that ties one
+    file to the other. Which of the two is K is documented twice, by shape (two axes: (K, N), three:
+    (N, K, 1)) and by format `number` (1 and 2: K first, 3: N first; None for a name of no format).
+    As both are known to be wrong at times, a documented reading is believed where it makes K the
+    smaller number. Where it does not, or K = N, the files cannot say: InputError, unless `axes`
+    ("KND" or "NKD", else "auto") tells the order of the embeddings. With K = N, `axes` holds for
+    both files. `embedding` and `reward` are shapes.
     """
     pair, first = tuple(reward[:2]), tuple(embedding[:2])
-    if len(reward) not in (2, 3) or tuple(reward[2:]) not in ((), (1,)) or first not in (pair, pair[::-1]):
+    if (
+        len(reward) not in (2, 3)
+        or tuple(reward[2:]) not in ((), (1,))
+        or first not in (pair, pair[::-1])
+    ):
         raise InputError(
             f"{where}: expected one reward for each embedding, found rewards {reward} and embeddings {embedding}; "
             "the first two axes must agree, straight or swapped"
@@ -238,7 +292,9 @@ def settle_axes(embedding, reward, number, axes, where, words=COMMAND):
     a, b = first
     knd, nkd = (words["axes"].format(order) for order in ("KND", "NKD"))
     if axes == "auto" and a == b:
-        raise InputError(f"{where}: both axis orders fit embeddings {embedding}; give {knd} or {nkd}")
+        raise InputError(
+            f"{where}: both axis orders fit embeddings {embedding}; give {knd} or {nkd}"
+        )
     if axes == "auto" and likely not in documented:
         raise InputError(
             f"{where}: the documented order makes {max(pair)} responses to each of {min(pair)} prompts of embeddings "
@@ -258,12 +314,16 @@ def open_array(path):
         raise InputError(f"{path}: expected an .npy file, found none; check the path") from None
     except (ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: expected a whole .npy file of numbers ({reason}); download it again") from None
+        raise InputError(
+            f"{path}: expected a whole .npy file of numbers ({reason}); download it again"
+        ) from None
     if not isinstance(array, np.memmap):
         raise InputError(f"{path}: expected an .npy file, found an archive; unpack it first")
     end, found = array.offset + array.nbytes, Path(path).stat().st_size
     if found != end:
-        raise InputError(f"{path}: expected {end} bytes by its header, found {found}; download it again")
+        raise InputError(
+            f"{path}: expected {end} bytes by its header, found {found}; download it again"
+        )
     return array
 
 
@@ -271,14 +331,19 @@ def fingerprint(path):
     """What tells one published file from another without reading it: name, size, modification time and header."""
     array, status = open_array(path), path.stat()
     header = [list(array.shape), array.dtype.str, bool(array.flags.c_contiguous)]
-    return {"name": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "header": header}
+    return {
+        "name": path.name,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "header": header,
+    }
 
 
 def read_block(path, axes, responses, prompts, dtype):
     """Copy the slices `responses` and `prompts` of a published array as (k, n, D) of `dtype`, checked to be finite.
 
-    A reward array counts as D = 1. The file is mapped anew for each block, so that the pages read so far do not add
-    up in the memory of the process.
+    A reward array counts as D = 1. The file is mapped anew for each block, so that the pages read
+    so far do not add up in the memory of the process.
     """
     array = open_array(path)
     array = array.reshape(*array.shape[:2], -1)
@@ -289,8 +354,14 @@ def read_block(path, axes, responses, prompts, dtype):
     if not finite.all():
         at = np.unravel_index(np.argmin(finite), finite.shape)
         k, n, value = responses.start + at[0], prompts.start + at[1], source[at]
-        where = f"{path}, response {k} of prompt {n}" + (f", dimension {at[2]}" if block.shape[2] > 1 else "")
+        where = f"{path}, response {k} of prompt {n}" + (
+            f", dimension {at[2]}" if block.shape[2] > 1 else ""
+        )
         if np.isfinite(value):
-            raise InputError(f"{where}: {value} does not fit {np.dtype(dtype).name}; choose a wider --dtype")
-        raise InputError(f"{where}: expected a finite number, found {value}; embed or score that response again")
+            raise InputError(
+                f"{where}: {value} does not fit {np.dtype(dtype).name}; choose a wider --dtype"
+            )
+        raise InputError(
+            f"{where}: expected a finite number, found {value}; embed or score that response again"
+        )
     return block

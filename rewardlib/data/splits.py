@@ -15,11 +15,14 @@ MIN_PROMPTS = 10
 def split_prompts(groups, seed):
     """Deal prompts 60 / 20 / 20 to calibration, student_train and held_out, whole groups at a time.
 
-    groups: (N,) integers, equal for prompts that must stay on one side. Returns {role: sorted (n,) indices}.
+    groups: (N,) integers, equal for prompts that must stay on one side. Returns {role: sorted (n,)
+    indices}.
     """
     n = len(groups)
     if n < MIN_PROMPTS:
-        raise InputError(f"expected at least {MIN_PROMPTS} prompts to split 60 / 20 / 20, found {n}; add prompts")
+        raise InputError(
+            f"expected at least {MIN_PROMPTS} prompts to split 60 / 20 / 20, found {n}; add prompts"
+        )
     order = seeds.rng(seed, "prompt split").permutation(groups.max() + 1)
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
@@ -29,7 +32,9 @@ def split_prompts(groups, seed):
     cuts = [int(ends[np.argmin(np.abs(ends - bound))]) for bound in bounds]
     parts = dict(zip(SHARES, np.split(dealt, cuts), strict=True))
     if any(len(part) == 0 for part in parts.values()):
-        raise InputError(f"expected enough distinct prompts for three parts, found {len(order)} distinct of {n}")
+        raise InputError(
+            f"expected enough distinct prompts for three parts, found {len(order)} distinct of {n}"
+        )
     return {role: np.sort(part) for role, part in parts.items()}
 
 
@@ -56,5 +61,7 @@ def load(output_dir, n_prompts):
     content = artifacts.read_json(path, "step 5")
     split = {role: np.array(content[role], int) for role in SHARES}
     if not np.array_equal(np.sort(np.concatenate(list(split.values()))), np.arange(n_prompts)):
-        raise InputError(f"{path}: expected each of {n_prompts} prompts once, found another data set; run step 5 again")
+        raise InputError(
+            f"{path}: expected each of {n_prompts} prompts once, found another data set; run step 5 again"
+        )
     return split

@@ -69,9 +69,12 @@ def score(model, rows, pad_id, batch_tokens, side="right", desc=None):
     """(n,) float32 rewards of lists of token ids, in their order."""
 
     def call(ids, mask):
-        # decoder models find the last token by the pad id, which may be the end token of the text: the mask cannot err
+        # decoder models find the last token by the pad id, which may be the end token of the text:
+        # the mask cannot err
         if hasattr(model, "score"):
-            return model.score(pool(hidden_states(model.base_model, ids, mask), mask).to(model.dtype))
+            return model.score(
+                pool(hidden_states(model.base_model, ids, mask), mask).to(model.dtype)
+            )
         return model(input_ids=ids, attention_mask=mask).logits
 
     return _by_batches(rows, call, (pad_id, side), batch_tokens, model.device, desc)[:, 0]
@@ -82,7 +85,9 @@ def _by_batches(rows, call, padding, batch_tokens, device, desc):
 
     lengths = [len(row) for row in rows]
     out = None
-    with tqdm(total=sum(lengths), desc=desc, unit="token", unit_scale=True, disable=None if desc else True) as bar:
+    with tqdm(
+        total=sum(lengths), desc=desc, unit="token", unit_scale=True, disable=None if desc else True
+    ) as bar:
         for at in batches(lengths, batch_tokens):
             ids, mask = pad([rows[i] for i in at], *padding)
             with torch.inference_mode():

@@ -1,6 +1,7 @@
 """Language models by name or folder: fingerprints, tokenizers and models, loaded with checks.
 
-transformers and torch are imported where they are used: the steps on arrays do without transformers.
+transformers and torch are imported where they are used: the steps on arrays do without
+transformers.
 """
 
 import contextlib
@@ -48,7 +49,9 @@ def memory_of(flags):
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        raise InputError(f"CUDA out of memory; lower {flags}, and run the same command again") from error
+        raise InputError(
+            f"CUDA out of memory; lower {flags}, and run the same command again"
+        ) from error
 
 
 def _is_out_of_memory(error):
@@ -57,7 +60,11 @@ def _is_out_of_memory(error):
     if isinstance(error, torch.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return "cuda out of memory" in text or "free memory on device" in text or "memory for the cache blocks" in text
+    return (
+        "cuda out of memory" in text
+        or "free memory on device" in text
+        or "memory for the cache blocks" in text
+    )
 
 
 def full_name(name):
@@ -71,8 +78,15 @@ def fingerprint(name):
         from transformers.utils import cached_file
 
         with fetching(full_name(name), "a local folder or a model on the hub"):
-            return {"hub": full_name(name), "revision": Path(cached_file(full_name(name), "config.json")).parent.name}
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != artifacts.MANIFEST]
+            return {
+                "hub": full_name(name),
+                "revision": Path(cached_file(full_name(name), "config.json")).parent.name,
+            }
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != artifacts.MANIFEST
+    ]
     return {path.name: _digest_ends(path) for path in files}
 
 
@@ -96,7 +110,9 @@ def torch_dtype(name):
     """The torch dtype called `name`; auto is bfloat16 on a GPU and float32 elsewhere."""
     import torch
 
-    return getattr(torch, ("bfloat16" if device() == "cuda" else "float32") if name == "auto" else name)
+    return getattr(
+        torch, ("bfloat16" if device() == "cuda" else "float32") if name == "auto" else name
+    )
 
 
 def quiet():
@@ -165,4 +181,6 @@ def padding_token(tokenizer, name):
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise InputError(f"{full_name(name)}: expected a tokenizer with a pad or an end token, found none; set pad_token")
+    raise InputError(
+        f"{full_name(name)}: expected a tokenizer with a pad or an end token, found none; set pad_token"
+    )

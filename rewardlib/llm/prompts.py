@@ -24,7 +24,7 @@ SOURCES = "hh-rlhf-helpful, hh-rlhf-harmless, ultrafeedback, helpsteer or a .jso
 COLUMNS = {"prompt": ("prompt", "query"), "completion": ("completion", "response")}
 
 
-# -------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def dialogue(text):
@@ -42,11 +42,14 @@ def messages(query, response):
     """The dialogue as chat messages; the response is one message whatever it contains."""
     turns = re.split(r"\n\n(Human|Assistant):", query.removesuffix(ASSISTANT))
     roles = {"Human": "user", "Assistant": "assistant"}
-    found = [{"role": roles[r], "content": t.strip()} for r, t in zip(turns[1::2], turns[2::2], strict=True)]
+    found = [
+        {"role": roles[r], "content": t.strip()}
+        for r, t in zip(turns[1::2], turns[2::2], strict=True)
+    ]
     return [*found, {"role": "assistant", "content": response.strip()}]
 
 
-# ----------------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 
 
 def default_prompts(dataset):
@@ -60,7 +63,10 @@ def read_prompts(name, data_class, data_dir):
     hh = HH.fullmatch(name)
     if hh and not hh[2]:
         texts = [split_answer(text, name)[0] for text in hh_chosen(name, data_class, data_dir)]
-        return [{"id": f"{name}-{data_class}-{i}", "query": dialogue(text)} for i, text in enumerate(texts)]
+        return [
+            {"id": f"{name}-{data_class}-{i}", "query": dialogue(text)}
+            for i, text in enumerate(texts)
+        ]
     if name in CSV_PROMPTS:
         path = Path(data_dir) / f"{name}_{data_class}.csv"
     elif Path(name).suffix in (".jsonl", ".csv"):
@@ -71,7 +77,9 @@ def read_prompts(name, data_class, data_dir):
     ids = [str(row.get("id") or f"{path.stem}-{i}") for i, row in enumerate(rows)]
     if len(set(ids)) < len(ids):
         twice = Counter(ids).most_common(1)[0][0]
-        raise InputError(f"{path}: expected a different id in every row, found {twice!r} twice; number them anew")
+        raise InputError(
+            f"{path}: expected a different id in every row, found {twice!r} twice; number them anew"
+        )
     return [{"id": i, "query": dialogue(row["prompt"])} for i, row in zip(ids, rows, strict=True)]
 
 
@@ -81,10 +89,15 @@ def read_examples(name, data_dir):
     if hh and not hh[2]:
         pairs = [split_answer(text, name) for text in hh_chosen(name, "train", data_dir)]
     elif hh:
-        rows = read_rows(Path(data_dir) / f"synthetic_hhrlhf_{hh[1]}_expert_gpt4.csv", ["prompt", "completion"])
+        rows = read_rows(
+            Path(data_dir) / f"synthetic_hhrlhf_{hh[1]}_expert_gpt4.csv", ["prompt", "completion"]
+        )
         pairs = [(row["prompt"], row["completion"]) for row in rows]
     elif Path(name).suffix in (".jsonl", ".csv"):
-        pairs = [(row["prompt"], row["completion"]) for row in read_rows(Path(name), ["prompt", "completion"])]
+        pairs = [
+            (row["prompt"], row["completion"])
+            for row in read_rows(Path(name), ["prompt", "completion"])
+        ]
     else:
         raise InputError(
             f"dataset {name}: expected hh-rlhf-helpful, hh-rlhf-harmless (each also with -gpt4) or a .jsonl / .csv "
@@ -97,7 +110,9 @@ def split_answer(text, name):
     """(dialogue up to and with the last "Assistant:", the answer)."""
     head, found, answer = text.rpartition(ASSISTANT)
     if not found:
-        raise InputError(f"{name}: expected an Assistant turn in every dialogue, found {text[:60]!r}")
+        raise InputError(
+            f"{name}: expected an Assistant turn in every dialogue, found {text[:60]!r}"
+        )
     return head + found, answer
 
 
@@ -111,20 +126,30 @@ def hh_chosen(name, data_class, data_dir):
             found = datasets.load_from_disk(str(folder))
         if isinstance(found, datasets.DatasetDict):
             if data_class not in found:
-                raise InputError(f"{folder}: expected a split named {data_class}, found {', '.join(found)}")
+                raise InputError(
+                    f"{folder}: expected a split named {data_class}, found {', '.join(found)}"
+                )
             found = found[data_class]
     else:
-        with fetching("Anthropic/hh-rlhf", f"the data set on the hub, or saved with save_to_disk in {folder}"):
-            found = datasets.load_dataset("Anthropic/hh-rlhf", data_dir=f"{task}-base", split=data_class)
+        with fetching(
+            "Anthropic/hh-rlhf", f"the data set on the hub, or saved with save_to_disk in {folder}"
+        ):
+            found = datasets.load_dataset(
+                "Anthropic/hh-rlhf", data_dir=f"{task}-base", split=data_class
+            )
     if "chosen" not in found.column_names:
-        raise InputError(f"{name}: expected a column named chosen, found {', '.join(found.column_names)}")
+        raise InputError(
+            f"{name}: expected a column named chosen, found {', '.join(found.column_names)}"
+        )
     return found["chosen"]
 
 
 def read_rows(path, needed):
     """Rows of a .csv or .jsonl file as dicts of the `needed` columns under their first names, and id where present."""
     if not path.is_file():
-        raise InputError(f"{path} not found; expected a file with the columns {' and '.join(needed)}")
+        raise InputError(
+            f"{path} not found; expected a file with the columns {' and '.join(needed)}"
+        )
     rows = []
     try:
         for number, row in _numbered_rows(path):
@@ -157,5 +182,7 @@ def _numbered_rows(path):
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                raise InputError(f"{path} line {number}: expected one JSON object a line, found {line[:60]!r}")
+                raise InputError(
+                    f"{path} line {number}: expected one JSON object a line, found {line[:60]!r}"
+                )
             yield number, row

@@ -7,8 +7,9 @@ GEN_DIR/{prompts}_{generator}_{adapter}/
     records_{rm}_{train,test}.jsonl           {"id", "k", "query", "response", "reward", "rank", "text"}, in that order
     manifest.json, and one in each part       what is finished, and from what
 
-k is the number of a response in generation order, from 0; rank is its place by reward within the prompt, 1 the highest
-(equal rewards in generation order). "text" is the digest of query + response as it was scored.
+k is the number of a response in generation order, from 0; rank is its place by reward within the
+prompt, 1 the highest (equal rewards in generation order). "text" is the digest of query + response
+as it was scored.
 """
 
 import hashlib
@@ -77,19 +78,23 @@ def text_digest(query, response):
     return hashlib.sha256((query + response).encode()).hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def finished(folder, entry, files, made_by):
     """The manifest entry of finished work, after checking that `files` are as they were written."""
     told = artifacts.read_manifest(folder).get(entry)
     if told is None:
-        raise InputError(f"{folder}: expected the finished files of {made_by}, found none; run that first")
+        raise InputError(
+            f"{folder}: expected the finished files of {made_by}, found none; run that first"
+        )
     for name in files:
         path = Path(folder) / name
         if not path.is_file() or artifacts.describe_file(path) != told["outputs"][name]:
             found = "it changed" if path.is_file() else "nothing"
-            raise InputError(f"{path}: expected the file as {made_by} wrote it, found {found}; run {made_by} again")
+            raise InputError(
+                f"{path}: expected the file as {made_by} wrote it, found {found}; run {made_by} again"
+            )
     return told
 
 
@@ -101,7 +106,9 @@ def read_jsonl(path, keys):
                 row = json.loads(line)
                 assert all(key in row for key in keys)
             except (ValueError, AssertionError, TypeError):
-                raise InputError(f"{path} line {number}: expected JSON with {keys}, found {line[:60]!r}") from None
+                raise InputError(
+                    f"{path} line {number}: expected JSON with {keys}, found {line[:60]!r}"
+                ) from None
             yield row
 
 
@@ -112,7 +119,9 @@ def read_responses(folder):
     rows = []
     for row in read_jsonl(path, ("id", "query", "responses")):
         if len(row["responses"]) != k:
-            raise InputError(f"{path}: expected {k} responses to {row['id']}, found {len(row['responses'])}")
+            raise InputError(
+                f"{path}: expected {k} responses to {row['id']}, found {len(row['responses'])}"
+            )
         rows.append({**row, "responses": [cut(text) for text in row["responses"]]})
     return rows, k, told["outputs"]["responses.jsonl"]["sha256"]
 
@@ -123,14 +132,27 @@ def join(folder, reward_model):
     name = f"rewards_{reward_model}.jsonl"
     told = finished(folder, f"step3 {reward_model}", [name], "step3_reward_annotation.py")
     if told["inputs"]["responses"] != digest:
-        raise InputError(f"{folder / name}: expected rewards of the present responses, found older; run step 3 again")
+        raise InputError(
+            f"{folder / name}: expected rewards of the present responses, found older; run step 3 again"
+        )
     scored = list(read_jsonl(folder / name, ("id", "rewards", "texts")))
     if [row["id"] for row in scored] != [row["id"] for row in rows]:
-        raise InputError(f"{folder / name}: expected the prompts of responses.jsonl, found others; run step 3 again")
+        raise InputError(
+            f"{folder / name}: expected the prompts of responses.jsonl, found others; run step 3 again"
+        )
     for row, score in zip(rows, scored, strict=True):
-        rewards, texts = score["rewards"], [text_digest(row["query"], text) for text in row["responses"]]
-        if len(rewards) != k or not all(isinstance(r, (int, float)) and math.isfinite(r) for r in rewards):
-            raise InputError(f"{folder / name}: expected {k} finite rewards of {row['id']}, found {rewards}"[:300])
+        rewards, texts = (
+            score["rewards"],
+            [text_digest(row["query"], text) for text in row["responses"]],
+        )
+        if len(rewards) != k or not all(
+            isinstance(r, (int, float)) and math.isfinite(r) for r in rewards
+        ):
+            raise InputError(
+                f"{folder / name}: expected {k} finite rewards of {row['id']}, found {rewards}"[
+                    :300
+                ]
+            )
         if texts != score["texts"]:
             at = next(i for i, text in enumerate(texts) if text != score["texts"][i])
             raise InputError(
@@ -174,7 +196,9 @@ class Records:
     def _check(self):
         """Offsets (N, K) of the records in the file, and the N ids."""
         if not self.path.is_file():
-            raise InputError(f"{self.path} not found; it is written by step3.5_processing_data.py: run that again")
+            raise InputError(
+                f"{self.path} not found; it is written by step3.5_processing_data.py: run that again"
+            )
         offsets, ids, at = [], [], 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
@@ -184,7 +208,9 @@ class Records:
                 except ValueError:
                     whole = False
                 if not whole:
-                    raise InputError(f"{self.path} line {number + 1}: expected a record, found {line[:60]!r}")
+                    raise InputError(
+                        f"{self.path} line {number + 1}: expected a record, found {line[:60]!r}"
+                    )
                 if number % self.K == 0:
                     ids.append(record["id"])
                 if record["k"] != number % self.K or record["id"] != ids[-1]:
@@ -200,7 +226,9 @@ class Records:
                 offsets.append(at)
                 at += len(line)
         if not offsets or len(offsets) % self.K or len(set(ids)) < len(ids):
-            raise InputError(f"{self.path}: expected {self.K} records of each prompt, found {len(offsets)} in all")
+            raise InputError(
+                f"{self.path}: expected {self.K} records of each prompt, found {len(offsets)} in all"
+            )
         return np.array(offsets).reshape(-1, self.K), ids
 
     def of(self, k):

@@ -15,7 +15,8 @@ def encode(tokenizer, text):
 def decode(tokenizer, prompt, new):
     """Text of the `new` ids after the `prompt` ids, up to the end token.
 
-    They are decoded behind the prompt's last ids, as some tokenizers drop the space at the start of a text.
+    They are decoded behind the prompt's last ids, as some tokenizers drop the space at the start of
+    a text.
     """
     if tokenizer.eos_token_id in new:
         new = new[: list(new).index(tokenizer.eos_token_id)]
@@ -42,12 +43,23 @@ def sample(model, tokenizer, prompt, seed, n, max_len, temperature, top_p):
         torch.manual_seed(seed + start)
         rows = min(encoding.CHUNK, n - start)
         with torch.inference_mode():
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_return_sequences=rows)
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), num_return_sequences=rows
+            )
         made += out[:, len(prompt) :].tolist()
     return made
 
 
-def vllm_engine(name, dtype, adapter, max_model_len, tensor_parallel, gpu_memory_utilization, seed, trust_remote_code):
+def vllm_engine(
+    name,
+    dtype,
+    adapter,
+    max_model_len,
+    tensor_parallel,
+    gpu_memory_utilization,
+    seed,
+    trust_remote_code,
+):
     """sample_all(prompts, seeds, n, max_len, temperature, top_p): n lists of new ids for each of the lists of ids."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -56,7 +68,9 @@ def vllm_engine(name, dtype, adapter, max_model_len, tensor_parallel, gpu_memory
     if adapter:
         rank = artifacts.read_json(Path(adapter) / "adapter_config.json", "step 1")["r"]
         lora = {"enable_lora": True, "max_lora_rank": max(8, rank), "max_loras": 1}
-    with loading.fetching(loading.full_name(name), "a model that vLLM can serve (see also --gpu_memory_utilization)"):
+    with loading.fetching(
+        loading.full_name(name), "a model that vLLM can serve (see also --gpu_memory_utilization)"
+    ):
         engine = LLM(
             model=loading.full_name(name),
             dtype=str(loading.torch_dtype(dtype)).removeprefix("torch."),
@@ -71,9 +85,17 @@ def vllm_engine(name, dtype, adapter, max_model_len, tensor_parallel, gpu_memory
     request = LoRARequest("sft", 1, str(adapter)) if adapter else None
 
     def sample_all(prompts, seeds, n, max_len, temperature, top_p):
-        settings = {"n": n, "max_tokens": max_len, "temperature": temperature, "top_p": top_p, "detokenize": False}
+        settings = {
+            "n": n,
+            "max_tokens": max_len,
+            "temperature": temperature,
+            "top_p": top_p,
+            "detokenize": False,
+        }
         params = [SamplingParams(seed=seed, **settings) for seed in seeds]
-        outs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], params, lora_request=request)
+        outs = engine.generate(
+            [{"prompt_token_ids": ids} for ids in prompts], params, lora_request=request
+        )
         return [[list(one.token_ids) for one in out.outputs] for out in outs]
 
     return sample_all

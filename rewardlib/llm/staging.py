@@ -24,7 +24,11 @@ TEXT_BYTES = 1000
 def plan_of(records, embedder):
     """{split: {"K", "N", "work"}}; work is the hash of all that the files of the split depend on, but for K."""
     return {
-        split: {"K": part.K, "N": len(part.ids), "work": artifacts.hash_of([embedder["hash"], part.digest])}
+        split: {
+            "K": part.K,
+            "N": len(part.ids),
+            "work": artifacts.hash_of([embedder["hash"], part.digest]),
+        }
         for split, part in records.items()
     }
 
@@ -40,7 +44,11 @@ def is_forced():
 def is_done(data_dir, plan):
     """True when the manifest says that DATA_DIR holds `plan` and the files are as it says."""
     manifest = artifacts.read_manifest(data_dir)
-    if is_forced() or manifest.get("producer") != PRODUCER or (data_dir / embeddings.UNFINISHED).exists():
+    if (
+        is_forced()
+        or manifest.get("producer") != PRODUCER
+        or (data_dir / embeddings.UNFINISHED).exists()
+    ):
         return False
     if any(_told(manifest.get(split)) != part for split, part in plan.items()):
         return False
@@ -72,7 +80,10 @@ def check_room(data_dir):
 def check_disk(data_dir, plan, row_bytes):
     """InputError where the files that are not finished yet would not fit."""
     rows = sum(
-        part["N"] for split, part in plan.items() for k in range(part["K"]) if not staged(data_dir, plan, split, k)
+        part["N"]
+        for split, part in plan.items()
+        for k in range(part["K"])
+        if not staged(data_dir, plan, split, k)
     )
     needed, free = rows * (row_bytes + TEXT_BYTES), shutil.disk_usage(data_dir).free
     if needed > free:
@@ -84,12 +95,14 @@ def check_disk(data_dir, plan, row_bytes):
 
 def data_files(data_dir):
     """Names of the embedding and reward files in DATA_DIR."""
-    found = [(split, k) for split in ("train", "test") for k in embeddings.find_splits(data_dir, split)]
+    found = [
+        (split, k) for split in ("train", "test") for k in embeddings.find_splits(data_dir, split)
+    ]
     names = [name for where in found for name in embeddings.file_names(*where)]
     return [name for name in names if (Path(data_dir) / name).exists()]
 
 
-# ----------------------------------------------------------------------------------------------------------- staging
+# ------------------------------------------------------------------------------------------ staging
 
 
 def stage(folder, plan, split, k, array, rows):
@@ -98,7 +111,12 @@ def stage(folder, plan, split, k, array, rows):
     artifacts.write_npy(folder / names[0], array)
     artifacts.write_jsonl(folder / names[1], rows)
     files = {name: artifacts.describe_file(folder / name) for name in names}
-    note = {"work": plan[split]["work"], "D": array.shape[1], "dtype": array.dtype.name, "files": files}
+    note = {
+        "work": plan[split]["work"],
+        "D": array.shape[1],
+        "dtype": array.dtype.name,
+        "files": files,
+    }
     artifacts.write_json(folder / f"{k}.json", note)
 
 
@@ -130,7 +148,7 @@ def missing(data_dir, plan):
     ]
 
 
-# -------------------------------------------------------------------------------------------------------- publishing
+# --------------------------------------------------------------------------------------- publishing
 
 
 def publish(data_dir, plan, embedder, arguments):
@@ -139,8 +157,16 @@ def publish(data_dir, plan, embedder, arguments):
     old = artifacts.read_manifest(data_dir)
     if (staging / PUBLISHING).exists() and not old:
         old = artifacts.read_json(staging / PUBLISHING, "step 4")
-    same = old.get("producer") == PRODUCER and old.get("embedder", {}).get("hash") == embedder["hash"]
-    manifest = {"producer": PRODUCER, "arguments": arguments, "embedder": embedder, "train": None, "test": None}
+    same = (
+        old.get("producer") == PRODUCER and old.get("embedder", {}).get("hash") == embedder["hash"]
+    )
+    manifest = {
+        "producer": PRODUCER,
+        "arguments": arguments,
+        "embedder": embedder,
+        "train": None,
+        "test": None,
+    }
     files, where = {}, {}
     for split in ("train", "test"):
         if split in plan:
@@ -152,10 +178,14 @@ def publish(data_dir, plan, embedder, arguments):
                 where |= {path.name: path for path in homes if path.exists()}
         elif same and old.get(split):
             manifest[split] = old[split]
-            names = {name for k in range(old[split]["K"]) for name in embeddings.file_names(split, k)}
+            names = {
+                name for k in range(old[split]["K"]) for name in embeddings.file_names(split, k)
+            }
             files |= {name: told for name, told in old["files"].items() if name in names}
         elif old.get(split):
-            print(f"step4: the {split} files of other data or another model are removed; embed them again")
+            print(
+                f"step4: the {split} files of other data or another model are removed; embed them again"
+            )
     manifest["files"] = files
     artifacts.write_json(staging / PUBLISHING, manifest)
     (data_dir / embeddings.UNFINISHED).write_text(PRODUCER)
@@ -165,7 +195,9 @@ def publish(data_dir, plan, embedder, arguments):
             (data_dir / name).unlink()
     for name, path in where.items():
         os.replace(path, data_dir / name)
-    artifacts.write_json(data_dir / MANIFEST, {**manifest, "git_revision": artifacts.git_revision()})
+    artifacts.write_json(
+        data_dir / MANIFEST, {**manifest, "git_revision": artifacts.git_revision()}
+    )
     (data_dir / embeddings.UNFINISHED).unlink()
     (staging / PUBLISHING).unlink()
     for split in plan:

@@ -18,7 +18,9 @@ def resample_weights(n, rng, resamples=RESAMPLES):
 
 def resampled_sums(columns, weights):
     """(B, C) sums of columns (N, C) in every resample; `weights` (B, N) become float64 in blocks of bounded size."""
-    blocks = np.split(weights, range(_rows_at_once(len(columns)), len(weights), _rows_at_once(len(columns))))
+    blocks = np.split(
+        weights, range(_rows_at_once(len(columns)), len(weights), _rows_at_once(len(columns)))
+    )
     return np.concatenate([block.astype(float) @ columns for block in blocks])
 
 
@@ -40,7 +42,10 @@ def ratios_with_ci(numerators, denominators, weights):
     """`ratio_with_ci` of several (N,) numerators and denominators: the resamples are gone through once for all."""
     above, below = (np.asarray(parts, float).T for parts in (numerators, denominators))
     with np.errstate(invalid="ignore", divide="ignore"):
-        drawn, ratio = resampled_sums(above, weights) / resampled_sums(below, weights), above.sum(0) / below.sum(0)
+        drawn, ratio = (
+            resampled_sums(above, weights) / resampled_sums(below, weights),
+            above.sum(0) / below.sum(0),
+        )
     defined, bounds = below.any(0), np.full((2, below.shape[1]), np.nan)
     if defined.any():
         bounds[:, defined] = np.nanpercentile(drawn[:, defined], [2.5, 97.5], axis=0)

@@ -1,8 +1,8 @@
 """Ranking metrics over prompts: Spearman, pairwise accuracy, best-of-n, order consistency.
 
-Scores and golden rewards are (N, K): K responses to each of N prompts. A per-prompt metric is (N,) with NaN where it is
-undefined (all golden rewards of the prompt equal, or, for Spearman, all scores equal); such prompts are left out of the
-mean and counted.
+Scores and golden rewards are (N, K): K responses to each of N prompts. A per-prompt metric is (N,)
+with NaN where it is undefined (all golden rewards of the prompt equal, or, for Spearman, all scores
+equal); such prompts are left out of the mean and counted.
 """
 
 import numpy as np
@@ -38,8 +38,8 @@ def _accuracy(agree, pairs):
 def agreement_within(scores, golden):
     """Of the pairs of each prompt (N,): concordant minus discordant ones, and those whose golden rewards differ.
 
-    Knight's identity (Journal of the American Statistical Association 61, 1966): with the responses in order of score,
-    then of golden reward, only golden rewards that fall are discordant.
+    Knight's identity (Journal of the American Statistical Association 61, 1966): with the responses
+    in order of score, then of golden reward, only golden rewards that fall are discordant.
     """
     by_score, ranks = _dense_ranks(scores), _dense_ranks(golden)
     top = int(ranks.max()) + 1
@@ -110,18 +110,22 @@ def _inversions(ranks):
         halves = halves.reshape(-1, 2, width)
         apart = np.arange(len(halves))[:, None] * top  # so that one search serves all merges
         ends = np.arange(1, len(halves) + 1)[:, None] * width
-        below = np.searchsorted((halves[:, 0] + apart).ravel(), (halves[:, 1] + apart).ravel(), side="right")
+        below = np.searchsorted(
+            (halves[:, 0] + apart).ravel(), (halves[:, 1] + apart).ravel(), side="right"
+        )
         found += (ends - below.reshape(-1, width)).reshape(n, -1).sum(1)
         width *= 2
-        halves = np.sort(halves.reshape(-1, width), axis=1, kind="stable")  # which merges what is sorted already
+        halves = np.sort(
+            halves.reshape(-1, width), axis=1, kind="stable"
+        )  # which merges what is sorted already
     return found
 
 
 def best_of_n(scores, golden, sizes):
     """(N, len(sizes)) expected golden reward of the top-scored response of a random n-subset of the K, exactly.
 
-    The response of rank i (1 = best) tops an n-subset with probability C(K - i, n - 1) / C(K, n); tied scores share
-    the probability of their ranks.
+    The response of rank i (1 = best) tops an n-subset with probability C(K - i, n - 1) / C(K, n);
+    tied scores share the probability of their ranks.
     """
     return sorted_by(scores, golden) @ best_of_n_weights(scores.shape[1], sizes)
 
@@ -129,10 +133,14 @@ def best_of_n(scores, golden, sizes):
 def best_of_n_weights(n_responses, sizes):
     """(K, len(sizes)) probability that rank i + 1 of K is the best of a random n-subset, for n in sizes."""
     if max(sizes) > n_responses or min(sizes) < 1:
-        raise ValueError(f"best-of-n: expected 1 <= n <= {n_responses} responses, found {list(sizes)}")
+        raise ValueError(
+            f"best-of-n: expected 1 <= n <= {n_responses} responses, found {list(sizes)}"
+        )
     rank, n = np.arange(1, n_responses + 1)[:, None], np.asarray(sizes)[None, :]
     left = n_responses - rank - n + 1
-    log_chance = _log_choose(n_responses - rank, n - 1, left) - _log_choose(n_responses, n, n_responses - n)
+    log_chance = _log_choose(n_responses - rank, n - 1, left) - _log_choose(
+        n_responses, n, n_responses - n
+    )
     weights = np.where(left >= 0, np.exp(log_chance), 0.0)
     return weights / weights.sum(0)
 
@@ -166,10 +174,13 @@ def global_spearman(scores, golden):
 def cross_prompt_accuracy(scores, golden, within=None):
     """Share of the pairs of responses to *different* prompts that the scores order as the golden rewards do.
 
-    within: what `agreement_within` gives for them, where it is known already; it is taken away from all pairs.
+    within: what `agreement_within` gives for them, where it is known already; it is taken away from
+    all pairs.
     """
     within = within or agreement_within(scores, golden)
-    agree, pairs = (int(found[0]) for found in agreement_within(scores.reshape(1, -1), golden.reshape(1, -1)))
+    agree, pairs = (
+        int(found[0]) for found in agreement_within(scores.reshape(1, -1), golden.reshape(1, -1))
+    )
     agree, pairs = agree - int(within[0].sum()), pairs - int(within[1].sum())
     return float(_accuracy(agree, pairs)) if pairs else np.nan
 
@@ -177,33 +188,47 @@ def cross_prompt_accuracy(scores, golden, within=None):
 def order_consistency(scores, labels, threshold=0.0):
     """How often M pairs are ordered wrongly, beside the bound from classifying their responses one by one.
 
-    scores: (M, 2) of either side; labels: (M,) 1 where side 0 is the better one, else 0; threshold: a response with a
-    score above it is classed as a better one (0 for a logit). Where both responses of a pair are classed right, their
-    scores lie on either side of the threshold, in the right order. So a pair ordered wrongly holds a response classed
-    wrongly, and on any pairs, for any scores and any threshold,
+    scores: (M, 2) of either side; labels: (M,) 1 where side 0 is the better one, else 0; threshold:
+    a response with a score above it is classed as a better one (0 for a logit). Where both
+    responses of a pair are classed right, their scores lie on either side of the threshold, in the
+    right order. So a pair ordered wrongly holds a response classed wrongly, and on any pairs, for
+    any scores and any threshold,
 
         order_error <= bound = better_error + worse_error,
 
-    the share of better responses classed as worse ones plus that of worse ones classed as better: the union bound of
-    classification reward models, arXiv 2411.04991. least_bound is the bound at the threshold where it is lowest. It
-    holds for these labels: against the golden order, add the share of wrong labels. And it is no estimate: a pair whose
-    two scores lie on one side of the threshold has one error of class whatever its order. Of independent draws that is
-    half of all pairs or more, of all pairs of K responses (K - 2) / (2 K - 2) or more, however good the order is.
+    the share of better responses classed as worse ones plus that of worse ones classed as better:
+    the union bound of classification reward models, arXiv 2411.04991. least_bound is the bound at
+    the threshold where it is lowest. It holds for these labels: against the golden order, add the
+    share of wrong labels. And it is no estimate: a pair whose two scores lie on one side of the
+    threshold has one error of class whatever its order. Of independent draws that is half of all
+    pairs or more, of all pairs of K responses (K - 2) / (2 K - 2) or more, however good the order
+    is.
 
-    Tied scores count as half an error of the order. Returns a dict of floats; InputError for other shapes or labels.
+    Tied scores count as half an error of the order. Returns a dict of floats; InputError for other
+    shapes or labels.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.ndim != 2 or scores.shape != (len(labels), 2) or not len(labels) or not np.isin(labels, (0, 1)).all():
+    if (
+        scores.ndim != 2
+        or scores.shape != (len(labels), 2)
+        or not len(labels)
+        or not np.isin(labels, (0, 1)).all()
+    ):
         raise InputError(
             f"order_consistency: expected scores (M, 2) and M labels of 0 and 1, found {scores.shape} and "
             f"{labels.shape}; take the predictions of either side of each pair"
         )
     if not np.isfinite(scores).all():
-        raise InputError("order_consistency: expected finite scores, found NaN or inf; score those responses again")
+        raise InputError(
+            "order_consistency: expected finite scores, found NaN or inf; score those responses again"
+        )
     better, worse = np.where(labels == 1, scores.T, scores.T[::-1])
     better_error, worse_error = np.mean(better <= threshold), np.mean(worse > threshold)
     levels = np.unique(scores)
-    below = [np.searchsorted(np.sort(side), levels, side="right") / len(labels) for side in (better, worse)]
+    below = [
+        np.searchsorted(np.sort(side), levels, side="right") / len(labels)
+        for side in (better, worse)
+    ]
     return {
         "order_error": float(np.mean(0.5 - 0.5 * np.sign(better - worse))),
         "better_error": float(better_error),
@@ -216,7 +241,8 @@ def order_consistency(scores, labels, threshold=0.0):
 def ranking_metrics(scores, golden, weights):
     """All ranking metrics of (N, K) scores as one JSON-able dict, intervals under resample `weights` (B, N).
 
-    best_of_n_gain is the share of the oracle's gain over a random choice: (BoN - mean) / (oracle BoN - mean).
+    best_of_n_gain is the share of the oracle's gain over a random choice: (BoN - mean) / (oracle
+    BoN - mean).
     """
     sizes = [n for n in BEST_OF_N if n <= scores.shape[1]]
     within = agreement_within(scores, golden)
@@ -229,8 +255,17 @@ def ranking_metrics(scores, golden, weights):
     for i, n in enumerate(sizes):
         ratios["best_of_n", str(n)] = picked[:, i], np.ones(len(picked))
         if n > 1:
-            ratios["best_of_n_gain", str(n)] = differs * (picked[:, i] - chance), differs * (oracle[:, i] - chance)
-    found = dict(zip(ratios, intervals.ratios_with_ci(*zip(*ratios.values(), strict=True), weights), strict=True))
+            ratios["best_of_n_gain", str(n)] = (
+                differs * (picked[:, i] - chance),
+                differs * (oracle[:, i] - chance),
+            )
+    found = dict(
+        zip(
+            ratios,
+            intervals.ratios_with_ci(*zip(*ratios.values(), strict=True), weights),
+            strict=True,
+        )
+    )
     result = {}
     for name, values in per_prompt.items():
         result |= intervals.entry(name, *found[name, None])

@@ -29,7 +29,8 @@ def scale_metrics(predicted, golden, weights):
 def reliability(predicted, golden, bins=BINS):
     """Mean prediction and mean golden reward in equally full bins of the prediction.
 
-    calibration_error is the mean over responses of |bin mean golden - bin mean prediction|, in reward units.
+    calibration_error is the mean over responses of |bin mean golden - bin mean prediction|, in
+    reward units.
     """
     order = np.argsort(predicted, axis=None, kind="stable")
     parts = np.array_split(order, min(bins, len(order)))
@@ -37,4 +38,9 @@ def reliability(predicted, golden, bins=BINS):
     y = np.array([golden.ravel()[part].mean() for part in parts])
     size = np.array([len(part) for part in parts])
     error = float(np.average(np.abs(x - y), weights=size))
-    return {"predicted": x.tolist(), "golden": y.tolist(), "count": size.tolist(), "calibration_error": error}
+    return {
+        "predicted": x.tolist(),
+        "golden": y.tolist(),
+        "count": size.tolist(),
+        "calibration_error": error,
+    }

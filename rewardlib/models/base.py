@@ -3,13 +3,15 @@
     model.fit(pairs, labels, embeddings=None, groups=None)     pairs (M, 2, D), or (M, 2) row numbers into embeddings
     model.predict(embeddings)                                  (N, K, D) -> (N, K, 1) or (M, D) -> (M, 1)
 
-They follow scikit-learn: get_params, set_params, clone, random_state, n_features_in_, NotFittedError.
+They follow scikit-learn: get_params, set_params, clone, random_state, n_features_in_,
+NotFittedError.
 
-Scores have no unit. Best-of-n and every ranking metric use their order alone, so a reward model need only be order
-consistent, (s_0 - s_1)(r_0 - r_1) > 0, and any increasing function of it is as good (arXiv 2411.04991). A
-classifier of single responses into preferred and not preferred is enough: a pair it orders wrongly has at least one
-response on the wrong side of the threshold, so its order error is at most the sum of its two classification errors,
-and its logit is the score. Reward units come from rewardlib/calibration.py.
+Scores have no unit. Best-of-n and every ranking metric use their order alone, so a reward model
+need only be order consistent, (s_0 - s_1)(r_0 - r_1) > 0, and any increasing function of it is as
+good (arXiv 2411.04991). A classifier of single responses into preferred and not preferred is
+enough: a pair it orders wrongly has at least one response on the wrong side of the threshold, so
+its order error is at most the sum of its two classification errors, and its logit is the score.
+Reward units come from rewardlib/calibration.py.
 """
 
 import numpy as np
@@ -34,9 +36,10 @@ class RewardModel(BaseEstimator):
     def fit(self, pairs, labels, embeddings=None, groups=None):
         """Fit on pairs (M, 2, D) of embeddings, or on (M, 2) row numbers into `embeddings` (R, D) or (N, K, D).
 
-        labels: (M,) 1 where side 0 was preferred, else 0, both of them present. groups: (M,) prompt of each pair (for
-        cross-prompt pairs the fold of its prompts), kept together wherever some pairs are held out to choose a setting.
-        ValueError on other shapes, other labels or values that are not finite; see check_pairs.
+        labels: (M,) 1 where side 0 was preferred, else 0, both of them present. groups: (M,) prompt
+        of each pair (for cross-prompt pairs the fold of its prompts), kept together wherever some
+        pairs are held out to choose a setting. ValueError on other shapes, other labels or values
+        that are not finite; see check_pairs.
         """
         rows, index, labels, groups = checks.check_pairs(pairs, labels, embeddings, groups)
         self._fit(rows, index, labels, groups)
@@ -51,7 +54,9 @@ class RewardModel(BaseEstimator):
         """Share of pairs whose order the scores and the labels agree on; tied scores count one half."""
         rows, index = checks.check_index(pairs, embeddings)
         scores = self.predict(rows)[index, 0]
-        right = np.where(checks.check_labels(labels, len(index)) == 1, 1, -1) * np.sign(scores[:, 0] - scores[:, 1])
+        right = np.where(checks.check_labels(labels, len(index)) == 1, 1, -1) * np.sign(
+            scores[:, 0] - scores[:, 1]
+        )
         return float(0.5 + 0.5 * right.mean())
 
     def _check_width(self, shape):
@@ -67,11 +72,16 @@ class RewardModel(BaseEstimator):
         embeddings = checks.as_dense(embeddings)
         shape = tuple(embeddings.shape)
         if len(shape) not in (2, 3):
-            raise ValueError(f"Reshape your data: embeddings should be (M, D) or (N, K, D); got {shape}")
+            raise ValueError(
+                f"Reshape your data: embeddings should be (M, D) or (N, K, D); got {shape}"
+            )
         self._check_width(shape)
         if not np.prod(shape):
             raise ValueError(f"embeddings should hold at least one response; got {shape}")
         step = max(1, BLOCK_BYTES // (4 * int(np.prod(shape[1:]))))
-        blocks = (checks.finite_rows(embeddings[start : start + step]) for start in range(0, shape[0], step))
+        blocks = (
+            checks.finite_rows(embeddings[start : start + step])
+            for start in range(0, shape[0], step)
+        )
         values = np.concatenate([function(block.reshape(-1, shape[-1])) for block in blocks])
         return values.reshape(*shape[:-1], -1)

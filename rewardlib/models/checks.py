@@ -12,9 +12,9 @@ from rewardlib import seeds
 def check_pairs(pairs, labels, embeddings=None, groups=None):
     """Check what `fit` was given and bring it to one form: rows (R, D) float32, index (M, 2), labels (M,), groups (M,).
 
-    pairs, embeddings: as in `check_index`. labels: (M,) in {0, 1}, 1 where side 0 was preferred, both present; returned
-    as float32. groups: (M,) prompt of each pair, None: each pair its own; returned as numbers from 0. ValueError in one
-    line otherwise.
+    pairs, embeddings: as in `check_index`. labels: (M,) in {0, 1}, 1 where side 0 was preferred,
+    both present; returned as float32. groups: (M,) prompt of each pair, None: each pair its own;
+    returned as numbers from 0. ValueError in one line otherwise.
     """
     rows, index = check_index(pairs, embeddings)
     labels = check_labels(labels, len(index))
@@ -29,8 +29,9 @@ def check_pairs(pairs, labels, embeddings=None, groups=None):
 def check_index(pairs, embeddings=None):
     """Rows (R, D) float32 and index (M, 2) into them; ValueError on other shapes or values that are not finite.
 
-    pairs: (M, 2, D) embeddings, or (M, 2) integers into the rows of `embeddings` (R, D); of embeddings (N, K, D)
-    response k to prompt n is row n * K + k. Only rows that a pair names are read and returned.
+    pairs: (M, 2, D) embeddings, or (M, 2) integers into the rows of `embeddings` (R, D); of
+    embeddings (N, K, D) response k to prompt n is row n * K + k. Only rows that a pair names are
+    read and returned.
     """
     pairs = np.asarray(as_dense(pairs))
     if pairs.ndim and not len(pairs):
@@ -50,11 +51,15 @@ def check_index(pairs, embeddings=None):
                 f"got {tuple(pairs.shape)} and {tuple(embeddings.shape)}"
             )
         if pairs.dtype.kind not in "iu":
-            raise ValueError(f"expected (M, 2) row numbers as integers; got {tuple(pairs.shape)} of {pairs.dtype}")
+            raise ValueError(
+                f"expected (M, 2) row numbers as integers; got {tuple(pairs.shape)} of {pairs.dtype}"
+            )
         touched, index = np.unique(pairs, return_inverse=True)
         n_rows = int(np.prod(embeddings.shape[:-1]))
         if not 0 <= touched[0] <= touched[-1] < n_rows:
-            raise ValueError(f"row numbers should be 0 to {n_rows - 1}; got {touched[0]} to {touched[-1]}")
+            raise ValueError(
+                f"row numbers should be 0 to {n_rows - 1}; got {touched[0]} to {touched[-1]}"
+            )
         every_row = len(embeddings.shape) == 2 and len(touched) == n_rows
         rows = finite_rows(embeddings if every_row else take_rows(embeddings, touched))
         index = index.reshape(-1, 2)
@@ -67,7 +72,9 @@ def check_labels(labels, n):
         raise ValueError(f"labels should be ({n},) of 0 and 1; got {labels.shape}")
     if not np.isin(labels, (0, 1)).all():
         other = labels[~np.isin(labels, (0, 1))][0]
-        raise ValueError(f"labels should be ({n},) of 0 and 1, 1 where side 0 was preferred; got {other} among them")
+        raise ValueError(
+            f"labels should be ({n},) of 0 and 1, 1 where side 0 was preferred; got {other} among them"
+        )
     return labels.astype(np.float32)
 
 
@@ -78,7 +85,9 @@ def check_ratings(embeddings, ratings, groups=None):
     if len(shape) not in (2, 3) or not np.prod(shape):
         raise ValueError(f"embeddings should be (M, D) or (N, K, D), none of them 0; got {shape}")
     if ratings.shape not in (shape[:-1], (*shape[:-1], 1)):
-        raise ValueError(f"ratings should be {shape[:-1]} or {(*shape[:-1], 1)}; got {ratings.shape}")
+        raise ValueError(
+            f"ratings should be {shape[:-1]} or {(*shape[:-1], 1)}; got {ratings.shape}"
+        )
     if not np.isfinite(ratings).all():
         raise ValueError("ratings should be finite; got NaN or inf")
     return embeddings, ratings.reshape(shape[:-1]), number_groups(groups, shape[0])

@@ -18,7 +18,13 @@ class CLF_LGBM(RewardModel):
     """
 
     def __init__(
-        self, n_estimators=100, learning_rate=0.1, num_leaves=31, min_child_samples=20, n_jobs=1, random_state=0
+        self,
+        n_estimators=100,
+        learning_rate=0.1,
+        num_leaves=31,
+        min_child_samples=20,
+        n_jobs=1,
+        random_state=0,
     ):
         self.n_estimators = n_estimators
         self.learning_rate = learning_rate
@@ -55,7 +61,9 @@ class CLF_LGBM(RewardModel):
         self.booster_ = lightgbm.train(settings, data, self.n_estimators)
 
     def _score(self, rows):
-        return self.booster_.predict(rows, raw_score=True, num_threads=effective_n_jobs(self.n_jobs))
+        return self.booster_.predict(
+            rows, raw_score=True, num_threads=effective_n_jobs(self.n_jobs)
+        )
 
 
 def has_lightgbm():
@@ -71,26 +79,33 @@ def import_lightgbm():
     try:
         import lightgbm
     except ImportError:
-        raise ImportError('CLF_LGBM: expected the package lightgbm, found none; pip install -e ".[trees]"') from None
+        raise ImportError(
+            'CLF_LGBM: expected the package lightgbm, found none; pip install -e ".[trees]"'
+        ) from None
     return lightgbm
 
 
 class CLF_Any(RewardModel):
     """Any scikit-learn classifier, fitted to single responses with preferred = 1.
 
-    The score is its decision_function, or where it has none the logit of predict_proba clipped to [1e-6, 1 - 1e-6]. It
-    is given all 2 M responses as one array, because not every classifier takes weights.
+    The score is its decision_function, or where it has none the logit of predict_proba clipped to
+    [1e-6, 1 - 1e-6]. It is given all 2 M responses as one array, because not every classifier takes
+    weights.
     """
 
     def __init__(self, estimator):
         self.estimator = estimator
 
     def _fit(self, rows, index, labels, groups):
-        if not any(hasattr(self.estimator, name) for name in ("decision_function", "predict_proba")):
+        if not any(
+            hasattr(self.estimator, name) for name in ("decision_function", "predict_proba")
+        ):
             raise ValueError(
                 f"estimator should have decision_function or predict_proba; {type(self.estimator).__name__} has neither"
             )
-        self.estimator_ = clone(self.estimator).fit(rows[index.ravel()], solvers.one_by_one(labels).astype(int))
+        self.estimator_ = clone(self.estimator).fit(
+            rows[index.ravel()], solvers.one_by_one(labels).astype(int)
+        )
 
     def _score(self, rows):
         rows = rows.astype(float)

@@ -17,11 +17,11 @@ REDRAWS = 100
 class Ensemble(RewardModel):
     """n copies of any reward model, each from its own seed, their scores on one scale and then aggregated.
 
-    estimator: a reward model; bootstrap: True: each member on the pairs (ratings) of groups drawn with replacement;
-    aggregation: mean, min (worst case), uwo (uncertainty-weighted) or lcb (lower confidence bound), see
-    aggregation.aggregate; one scale: each member has mean 0 and standard deviation 1 over (at most 4096 of) the
-    responses it was fitted to. Models without randomness of their own need bootstrap=True: ValueError where the first
-    two members are the same.
+    estimator: a reward model; bootstrap: True: each member on the pairs (ratings) of groups drawn
+    with replacement; aggregation: mean, min (worst case), uwo (uncertainty-weighted) or lcb (lower
+    confidence bound), see aggregation.aggregate; one scale: each member has mean 0 and standard
+    deviation 1 over (at most 4096 of) the responses it was fitted to. Models without randomness of
+    their own need bootstrap=True: ValueError where the first two members are the same.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class Ensemble(RewardModel):
             raw.append(member.predict(sample).astype(float))
             if i == 1 and not self.bootstrap and np.array_equal(raw[0], raw[1]):
                 name = type(self.estimator).__name__
-                raise ValueError(f"members should differ; {name} draws nothing at random: set bootstrap=True")
+                raise ValueError(
+                    f"members should differ; {name} draws nothing at random: set bootstrap=True"
+                )
         spread = np.std(raw, axis=(1, 2))
         self.estimators_, self.center_ = members, np.mean(raw, axis=(1, 2))
         self.spread_ = np.where(spread > 0, spread, 1.0)
@@ -76,7 +78,10 @@ class Ensemble(RewardModel):
         """(m, D) embeddings of some of the responses numbered `flat` (None: of all there are)."""
         flat = np.arange(np.prod(embeddings.shape[:-1])) if flat is None else flat
         return checks.take_rows(
-            embeddings, checks.random_generator(self.random_state, "ensemble scale").permutation(flat)[:SCALE_ROWS]
+            embeddings,
+            checks.random_generator(self.random_state, "ensemble scale").permutation(flat)[
+                :SCALE_ROWS
+            ],
         )
 
     def _draw(self, labels, groups, rng):
@@ -91,14 +96,20 @@ class Ensemble(RewardModel):
         """Scores of every member on one scale, (n, N, K, 1) or (n, M, 1)."""
         check_is_fitted(self)
         each = zip(self.estimators_, self.center_, self.spread_, strict=True)
-        return np.stack([(member.predict(embeddings) - center) / spread for member, center, spread in each])
+        return np.stack(
+            [(member.predict(embeddings) - center) / spread for member, center, spread in each]
+        )
 
     def predict(self, embeddings):
         """Aggregated scores (N, K, 1) or (M, 1)."""
-        return aggregate(self.predict_members(embeddings), self.uwo_lambda, self.lcb_c)[self.aggregation]
+        return aggregate(self.predict_members(embeddings), self.uwo_lambda, self.lcb_c)[
+            self.aggregation
+        ]
 
 
 def _reseed(estimator, rng):
     """Give every random_state of an estimator, nested ones too, a number of its own."""
-    names = [name for name in sorted(estimator.get_params()) if name.split("__")[-1] == "random_state"]
+    names = [
+        name for name in sorted(estimator.get_params()) if name.split("__")[-1] == "random_state"
+    ]
     return estimator.set_params(**{name: int(rng.integers(2**31)) for name in names})

@@ -12,8 +12,9 @@ from rewardlib.nets.training import Training, default_batch_size, train_ensemble
 class _PairwiseMLP(RewardModel):
     """One reward MLP, fitted on preference pairs in scikit-learn's manner; see BT_MLP and CLF_MLP.
 
-    validation_share: share of the groups of pairs (of the pairs, where groups are not given) that chooses the best
-    epoch; 0 keeps the last. precision: "fp32", "bf16" or "auto", as networks.choose_precision has it.
+    validation_share: share of the groups of pairs (of the pairs, where groups are not given) that
+    chooses the best epoch; 0 keeps the last. precision: "fp32", "bf16" or "auto", as
+    networks.choose_precision has it.
     """
 
     def __init__(
@@ -37,14 +38,18 @@ class _PairwiseMLP(RewardModel):
         self.random_state = random_state
 
     def _fit(self, rows, index, labels, groups):
-        rows = torch.from_numpy(np.require(rows, requirements="W")).to(self._type())  # torch takes no read-only arrays
+        rows = torch.from_numpy(np.require(rows, requirements="W")).to(
+            self._type()
+        )  # torch takes no read-only arrays
         rng = np.random.default_rng(self.random_state)
         n_held = round(self.validation_share * (groups.max() + 1))
         held = np.isin(groups, rng.permutation(groups.max() + 1)[:n_held])
         member = (np.flatnonzero(~held), np.flatnonzero(held), int(rng.integers(2**62)))
         batch_size = self.batch_size or default_batch_size(len(member[0]))
         settings = Training(self.epochs, self.learning_rate, batch_size, self.patience)
-        trained = train_ensemble(rows, index, labels, [member], self._objective, settings, self.hidden)
+        trained = train_ensemble(
+            rows, index, labels, [member], self._objective, settings, self.hidden
+        )
         self.model_, self.log_ = next(trained)
 
     def _score(self, rows):

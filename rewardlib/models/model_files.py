@@ -34,7 +34,8 @@ ARRAYS = {
 def save(stem, model):
     """Write a fitted model to stem.ckpt (MLP), stem.npz (linear) or stem.txt (trees). Returns the path.
 
-    ValueError for models without such a form; joblib.dump keeps any of them for files that never leave your hands.
+    ValueError for models without such a form; joblib.dump keeps any of them for files that never
+    leave your hands.
     """
     if isinstance(model, mlp.MLP):
         path = Path(f"{stem}.ckpt")
@@ -96,9 +97,15 @@ def load_mlp(path, input_dim):
         raise InputError(f"{path} not found; step 5 writes checkpoints: run it first") from None
     except Exception as error:  # damaged files fail inside the unpickler in any way
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise InputError(f"{path}: expected a torch checkpoint, found an unreadable file ({reason})") from None
+        raise InputError(
+            f"{path}: expected a torch checkpoint, found an unreadable file ({reason})"
+        ) from None
     names = [f"fc{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")]
-    if not isinstance(state, dict) or set(state) != set(names) or not all(map(torch.is_tensor, state.values())):
+    if (
+        not isinstance(state, dict)
+        or set(state) != set(names)
+        or not all(map(torch.is_tensor, state.values()))
+    ):
         found = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
         raise InputError(f"{path}: expected a state_dict with {', '.join(names)}, found {found}")
     shapes = {name: tuple(value.shape) for name, value in state.items()}
@@ -111,7 +118,9 @@ def load_mlp(path, input_dim):
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{path}: layers do not fit together ({' '.join(str(error).split())})") from None
+        raise InputError(
+            f"{path}: layers do not fit together ({' '.join(str(error).split())})"
+        ) from None
     return model.eval()
 
 
@@ -123,7 +132,9 @@ def _load_arrays(path):
         raise
     except Exception as error:  # damaged archives fail in zipfile, zlib or numpy in any way
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise InputError(f"{path}: expected a saved reward model, found an unreadable file ({reason})") from None
+        raise InputError(
+            f"{path}: expected a saved reward model, found an unreadable file ({reason})"
+        ) from None
     kinds = {kind.__name__: kind for kind in ARRAYS}
     kind = kinds.get(str(found.pop("model", None)))
     d = found["coef_"].shape[0] if found.get("coef_", np.zeros(())).ndim == 1 else 0
@@ -131,7 +142,9 @@ def _load_arrays(path):
     expected = {name: shapes[name] for name in ARRAYS.get(kind, ())}
     if kind is None or {name: array.shape for name, array in found.items()} != expected or not d:
         shown = {name: array.shape for name, array in found.items()}
-        raise InputError(f"{path}: expected the arrays of one of {', '.join(kinds)}, found {shown}; save it again")
+        raise InputError(
+            f"{path}: expected the arrays of one of {', '.join(kinds)}, found {shown}; save it again"
+        )
     if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in found.values()):
         raise InputError(f"{path}: expected finite numbers, found others; fit and save it again")
     model = kind(alpha=float(found["alpha_"]))
@@ -172,9 +185,15 @@ def find_checkpoints(patterns):
     """Paths named by one or more paths or globs, in natural order; InputError for a pattern that names none."""
     found = []
     for pattern in patterns:
-        matches = [str(pattern)] if Path(pattern).is_file() else sorted(glob.glob(str(pattern)), key=_natural)
+        matches = (
+            [str(pattern)]
+            if Path(pattern).is_file()
+            else sorted(glob.glob(str(pattern)), key=_natural)
+        )
         if not matches:
-            raise InputError(f"teacher checkpoint {pattern} not found; step 5 writes XPrompt_mlp_... files")
+            raise InputError(
+                f"teacher checkpoint {pattern} not found; step 5 writes XPrompt_mlp_... files"
+            )
         found += matches
     return [Path(path) for path in dict.fromkeys(found)]
 

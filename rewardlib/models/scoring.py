@@ -20,7 +20,8 @@ SCALE_ROWS = 512
 class Ensemble:
     """E reward models on one scale: member score = (raw - centre) / spread.
 
-    models: a list, or Stored; centre, spread: (E,); dtype: the torch type that hidden layers compute in.
+    models: a list, or Stored; centre, spread: (E,); dtype: the torch type that hidden layers
+    compute in.
     """
 
     models: Sequence
@@ -34,21 +35,27 @@ def scale(models, train, prompts, dtype=torch.float32):
     n_responses = train.shape[1]
     prompts = np.sort(prompts)
     sample = seeds.rng(0, "ensemble scale").permutation(len(prompts) * n_responses)[:SCALE_ROWS]
-    raw = score_at(models, train, prompts[sample // n_responses], sample % n_responses, dtype).astype(float)
+    raw = score_at(
+        models, train, prompts[sample // n_responses], sample % n_responses, dtype
+    ).astype(float)
     spread = raw.std(1)
     return raw.mean(1), np.where(spread > 0, spread, 1.0)
 
 
 def scale_of(paths, train, prompts, dtype=torch.float32):
     """`scale` of the models at `paths`, one in memory at a time; InputError for one whose scores are not finite."""
-    found = [scale([model], train, prompts, dtype) for model in model_files.Stored(paths, train.shape[2])]
+    found = [
+        scale([model], train, prompts, dtype) for model in model_files.Stored(paths, train.shape[2])
+    ]
     return _finite(paths, *(np.concatenate(part) for part in zip(*found, strict=True)))
 
 
 def _finite(paths, centre, spread):
     finite = np.isfinite(centre) & np.isfinite(spread)
     if not finite.all():
-        raise InputError(f"{paths[int(np.argmin(finite))]}: expected finite scores, found NaN or inf")
+        raise InputError(
+            f"{paths[int(np.argmin(finite))]}: expected finite scores, found NaN or inf"
+        )
     return centre, spread
 
 
@@ -60,7 +67,10 @@ def load(paths, train, prompts, dtype=torch.float32):
 
 def _loaded(paths, dim, dtype):
     """The models at `paths`, MLPs in the type they compute in: in bfloat16 they take half the memory."""
-    return [mlp.in_type(m, dtype) if isinstance(m, mlp.MLP) else m for m in model_files.Stored(paths, dim)]
+    return [
+        mlp.in_type(m, dtype) if isinstance(m, mlp.MLP) else m
+        for m in model_files.Stored(paths, dim)
+    ]
 
 
 def load_members(output_dir, record, dim, dtype=torch.float32):
@@ -87,7 +97,9 @@ def score(ensemble, responses, prompts):
 
 def score_rows(ensemble, rows):
     """Scores of every member on one scale, (E, m) float64, for embeddings (m, D)."""
-    return on_scale(ensemble, np.stack([_predict(model, rows, ensemble.dtype) for model in ensemble.models]))
+    return on_scale(
+        ensemble, np.stack([_predict(model, rows, ensemble.dtype) for model in ensemble.models])
+    )
 
 
 def _predict(model, rows, dtype):
@@ -125,15 +137,20 @@ def score_raw(models, responses, prompts, dtype=torch.float32):
 def score_at(models, responses, prompts, numbers, dtype=torch.float32):
     """Raw scores (E, m) float32 of several models for m responses, named by prompt and response number.
 
-    A model may also be the weights (D,) of a linear scorer. One pass over the embeddings, in bounded memory.
+    A model may also be the weights (D,) of a linear scorer. One pass over the embeddings, in
+    bounded memory.
     """
     scores = np.empty((len(models), len(prompts)), np.float32)
-    with tqdm(total=len(prompts), desc="scoring", unit="response", leave=False, disable=None) as bar:
+    with tqdm(
+        total=len(prompts), desc="scoring", unit="response", leave=False, disable=None
+    ) as bar:
         for at, rows in responses.read(prompts, numbers):
             whole = torch.from_numpy(rows)
             rounded = whole.to(dtype)
             for i, model in enumerate(models):
-                scores[i, at] = _predict(model, rounded if isinstance(model, mlp.MLP) else whole, dtype)
+                scores[i, at] = _predict(
+                    model, rounded if isinstance(model, mlp.MLP) else whole, dtype
+                )
             bar.update(len(rows))
     return scores
 
@@ -141,10 +158,11 @@ def score_at(models, responses, prompts, numbers, dtype=torch.float32):
 def unseen_mean(scores, seen):
     """Ensemble mean over the members that never trained on a prompt, on the scale of the mean over all members.
 
-    scores: (E, n, K) on one scale; seen: (E, n) True where the member trained on the prompt. A mean of m members with
-    correlation rho has variance rho + (1 - rho) / m, so it is shrunk to the variance of a mean of all E. rho is
-    measured where two members are both unseen (or, if there is no such place, where one of them is). Returns (n, K),
-    NaN for prompts that every member trained on. Where no member trained on a prompt this is the plain mean.
+    scores: (E, n, K) on one scale; seen: (E, n) True where the member trained on the prompt. A mean
+    of m members with correlation rho has variance rho + (1 - rho) / m, so it is shrunk to the
+    variance of a mean of all E. rho is measured where two members are both unseen (or, if there is
+    no such place, where one of them is). Returns (n, K), NaN for prompts that every member trained
+    on. Where no member trained on a prompt this is the plain mean.
     """
     unseen = ~seen
     n_members, count = len(scores), unseen.sum(0)

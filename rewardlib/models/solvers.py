@@ -1,8 +1,9 @@
 """The solvers behind every linear reward model: logistic and ridge regression, exact, on rows that are never copied.
 
-An observation is a combination of rows: the difference of a pair (`differences`) or one response (`responses`), written
-as a sparse (M, R) `design`. Its logit is design @ (rows @ w), so pair differences (M, D) are never stored. Sums that
-decide the optimum are in float64, a block of rows at a time, whatever the rows are stored in.
+An observation is a combination of rows: the difference of a pair (`differences`) or one response
+(`responses`), written as a sparse (M, R) `design`. Its logit is design @ (rows @ w), so pair
+differences (M, D) are never stored. Sums that decide the optimum are in float64, a block of rows at
+a time, whatever the rows are stored in.
 """
 
 import warnings
@@ -11,7 +12,13 @@ import numpy as np
 from scipy import sparse
 from scipy.special import expit
 
-STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # ridge penalty of the mean loss, in units of the variance of the rows
+STRENGTHS = (
+    1.0,
+    0.1,
+    0.01,
+    1e-3,
+    1e-4,
+)  # ridge penalty of the mean loss, in units of the variance of the rows
 EXACT, ROUGH = 1e-9, 1e-4
 BLOCK_ROWS = 1024
 NEWTON_STEPS = 100
@@ -22,12 +29,16 @@ CG_TOLERANCE = 0.01
 def differences(pairs, n):
     """Design (M, n) of the row differences x_0 - x_1 of pairs (M, 2)."""
     sign = np.tile([1.0, -1.0], len(pairs))
-    return sparse.csr_array((sign, pairs.ravel(), np.arange(0, 2 * len(pairs) + 1, 2)), shape=(len(pairs), n))
+    return sparse.csr_array(
+        (sign, pairs.ravel(), np.arange(0, 2 * len(pairs) + 1, 2)), shape=(len(pairs), n)
+    )
 
 
 def responses(pairs, n):
     """Design (2 M, n) of the responses of pairs (M, 2), one by one: side 0 and side 1 of the first pair, and so on."""
-    return sparse.csr_array((np.ones(pairs.size), pairs.ravel(), np.arange(pairs.size + 1)), shape=(pairs.size, n))
+    return sparse.csr_array(
+        (np.ones(pairs.size), pairs.ravel(), np.arange(pairs.size + 1)), shape=(pairs.size, n)
+    )
 
 
 def logistic_loss(logits, labels):
@@ -40,7 +51,9 @@ def moments(rows, counts=None):
     counts = np.ones(len(rows)) if counts is None else counts
     n = counts.sum()
     mean = sum(counts[part] @ block for part, block in _blocks(rows)) / n
-    return mean, float(sum(counts[part] @ ((block - mean) ** 2).sum(1) for part, block in _blocks(rows)) / n)
+    return mean, float(
+        sum(counts[part] @ ((block - mean) ** 2).sum(1) for part, block in _blocks(rows)) / n
+    )
 
 
 def product(rows, weights):
@@ -54,14 +67,17 @@ def _blocks(rows):
         yield part, rows[part].astype(float)
 
 
-def fit_logistic(rows, design, labels, alpha, *, intercept=False, start=None, tolerance=EXACT, known_moments=None):
+def fit_logistic(
+    rows, design, labels, alpha, *, intercept=False, start=None, tolerance=EXACT, known_moments=None
+):
     """Minimise sum of logistic_loss + alpha / 2 |w|^2 (scikit-learn's C = 1 / alpha). Returns (w (D,), intercept).
 
-    rows: (R, D); design: sparse (M, R); labels: (M,) in [0, 1]; intercept: whether one is fitted, unpenalised; start:
-    (w, intercept) of a similar problem; known_moments: moments(rows), where they are known. Newton's method with
-    conjugate gradients: Hessian products are in the type of the rows, the gradient is exact to float64, unless a
-    tolerance of ROUGH or more lets float32 do. It ends where the gradient of the mean loss, on rows of unit variance,
-    is below `tolerance`; ConvergenceWarning if that is never reached.
+    rows: (R, D); design: sparse (M, R); labels: (M,) in [0, 1]; intercept: whether one is fitted,
+    unpenalised; start: (w, intercept) of a similar problem; known_moments: moments(rows), where
+    they are known. Newton's method with conjugate gradients: Hessian products are in the type of
+    the rows, the gradient is exact to float64, unless a tolerance of ROUGH or more lets float32 do.
+    It ends where the gradient of the mean loss, on rows of unit variance, is below `tolerance`;
+    ConvergenceWarning if that is never reached.
     """
     mean, spread = known_moments or moments(rows)
     scale, n, d = np.sqrt(max(spread, 1e-24)), design.shape[0], rows.shape[1]
@@ -111,7 +127,11 @@ def fit_logistic(rows, design, labels, alpha, *, intercept=False, start=None, to
     else:
         from sklearn.exceptions import ConvergenceWarning
 
-        warnings.warn(f"no optimum within {NEWTON_STEPS} Newton steps; raise alpha", ConvergenceWarning, stacklevel=2)
+        warnings.warn(
+            f"no optimum within {NEWTON_STEPS} Newton steps; raise alpha",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
     weights = v[:d] / scale
     return weights, float(v[d] - mean @ weights) if intercept else 0.0
 
@@ -155,7 +175,9 @@ def fit_bt(rows, pairs, labels, alpha, **options):
 
 def fit_clf(rows, pairs, labels, alpha, **options):
     """Classification, response by response: P(preferred) = sigmoid(x w + b). Returns (w, b)."""
-    return fit_logistic(rows, responses(pairs, len(rows)), one_by_one(labels), alpha, intercept=True, **options)
+    return fit_logistic(
+        rows, responses(pairs, len(rows)), one_by_one(labels), alpha, intercept=True, **options
+    )
 
 
 def one_by_one(labels):
@@ -173,7 +195,15 @@ def held_out_logits(fit, rows, pairs, labels, folds, held_folds, penalties):
         found = None
         for i, penalty in enumerate(penalties):
             alpha = penalty * (~held).sum()
-            found = fit(rows, pairs[~held], labels[~held], alpha, start=found, tolerance=ROUGH, known_moments=known)
+            found = fit(
+                rows,
+                pairs[~held],
+                labels[~held],
+                alpha,
+                start=found,
+                tolerance=ROUGH,
+                known_moments=known,
+            )
             scores = product(rows, found[0])
             logits[i, held] = scores[pairs[held, 0]] - scores[pairs[held, 1]]
     return logits
@@ -181,20 +211,26 @@ def held_out_logits(fit, rows, pairs, labels, folds, held_folds, penalties):
 
 def rescaled_loss(logits, labels):
     """(M,) logistic loss of the logits times the one positive number that makes its sum least."""
-    from scipy.optimize import minimize_scalar  # loaded by those who need it, as all that is slow to load
+    from scipy.optimize import (
+        minimize_scalar,
+    )  # loaded by those who need it, as all that is slow to load
 
     scale = max(np.abs(logits).mean(), 1e-300)
 
     def total(log_slope):
         return logistic_loss(np.exp(log_slope) * logits / scale, labels).sum()
 
-    return logistic_loss(np.exp(minimize_scalar(total, bounds=(-10, 10), method="bounded").x) * logits / scale, labels)
+    return logistic_loss(
+        np.exp(minimize_scalar(total, bounds=(-10, 10), method="bounded").x) * logits / scale,
+        labels,
+    )
 
 
 def within_one_error(losses, groups):
     """Number of the first row of losses (S, M) that is no more than one standard error above the best.
 
-    The error is that of the summed paired difference over whole groups (M,): the rule of Breiman et al. (1984).
+    The error is that of the summed paired difference over whole groups (M,): the rule of Breiman et
+    al. (1984).
     """
     best = int(np.argmin(losses.sum(1)))
     for i in range(best):
@@ -249,5 +285,7 @@ def choose_ridge_strength(sums, strengths=STRENGTHS):
     for held in sums if len(sums) > 1 else ():
         fit = total - held
         for i, strength in enumerate(strengths):
-            losses[i] += squared_error(held, *fit_ridge(fit, strength * fit[-1, -1] * variance(fit)))
+            losses[i] += squared_error(
+                held, *fit_ridge(fit, strength * fit[-1, -1] * variance(fit))
+            )
     return strengths[int(np.argmin(losses))]

@@ -17,16 +17,27 @@ SCALES = torch.logspace(0, 2, 41)
 class Gate(nn.Module):
     """Prompt embedding -> weights of A attributes that sum to 1: the gating network of ArmoRM, arXiv 2406.12845.
 
-    ReLU layers `hidden`, each with dropout; a softmax over the attributes (the last axis) of logits divided by
-    `temperature`; a learnable positive scale from reward difference to logit, kept as its logarithm. frozen: (A,) the
-    weight of an attribute that is given, NaN where it is learned; learned ones share what is left of 1.
-    `generator` as in MLP.
+    ReLU layers `hidden`, each with dropout; a softmax over the attributes (the last axis) of logits
+    divided by `temperature`; a learnable positive scale from reward difference to logit, kept as
+    its logarithm. frozen: (A,) the weight of an attribute that is given, NaN where it is learned;
+    learned ones share what is left of 1. `generator` as in MLP.
     """
 
-    def __init__(self, input_dim, frozen, hidden=GATE_HIDDEN, dropout=0.0, temperature=1.0, scale=1.0, generator=None):
+    def __init__(
+        self,
+        input_dim,
+        frozen,
+        hidden=GATE_HIDDEN,
+        dropout=0.0,
+        temperature=1.0,
+        scale=1.0,
+        generator=None,
+    ):
         super().__init__()
         sizes = (input_dim, *hidden, len(frozen))
-        self.layers = nn.ModuleList(mlp.Linear(sizes[i], sizes[i + 1]) for i in range(len(sizes) - 1))
+        self.layers = nn.ModuleList(
+            mlp.Linear(sizes[i], sizes[i + 1]) for i in range(len(sizes) - 1)
+        )
         self.dropout, self.temperature = dropout, temperature
         self.register_buffer("frozen", torch.as_tensor(frozen, dtype=torch.float32))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
@@ -57,17 +68,24 @@ def gated_rewards(gate, prompts, rewards):
 def train_gate(prompts, rewards, parts, frozen, settings, seed, **shape):
     """Train a Gate on preference pairs with the Bradley-Terry loss. Returns (Gate, log); the best validated epoch.
 
-    prompts: (n, D') float32; rewards: (n, 2, A) float32 debiased rewards, preferred response first, standardised;
-    parts: (train, validation) index arrays that share no prompt; frozen and `shape` (hidden, dropout, temperature) as
-    in Gate. The scale starts where uniform weights fit the training pairs best, at 1 at least: ArmoRM's start of 100 is
-    for rewards in [0, 1], of which a pair's differ by hundredths; on standardised ones it would be certain and wrong.
+    prompts: (n, D') float32; rewards: (n, 2, A) float32 debiased rewards, preferred response first,
+    standardised; parts: (train, validation) index arrays that share no prompt; frozen and `shape`
+    (hidden, dropout, temperature) as in Gate. The scale starts where uniform weights fit the
+    training pairs best, at 1 at least: ArmoRM's start of 100 is for rewards in [0, 1], of which a
+    pair's differ by hundredths; on standardised ones it would be certain and wrong.
     """
     prompts, rewards = torch.from_numpy(prompts), torch.from_numpy(rewards)
     fit, held = (torch.from_numpy(part) for part in parts)
     uniform = rewards[fit].mean(-1)
     losses = torch.stack([bt_loss(scale * uniform, torch.ones(len(fit))) for scale in SCALES])
     scale = SCALES[losses.argmin()].item()
-    gate = Gate(prompts.shape[1], frozen, scale=scale, generator=torch.Generator().manual_seed(seed), **shape)
+    gate = Gate(
+        prompts.shape[1],
+        frozen,
+        scale=scale,
+        generator=torch.Generator().manual_seed(seed),
+        **shape,
+    )
 
     def scores_of(part):
         return gate.log_scale.exp() * gated_rewards(gate, prompts[part], rewards[part])

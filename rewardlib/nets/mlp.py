@@ -24,8 +24,9 @@ class Linear(nn.Linear):
 class MLP(nn.Module):
     """input_dim -> hidden[0] -> hidden[1] -> 1 with ReLU, on raw embeddings; a plain state_dict fc1 ... fc3.
 
-    `generator` seeds the weights, drawn as torch.nn.Linear draws them; without one they are left to be loaded.
-    dtype: of the hidden layers' weights, and so the type they compute in; the last layer is float32.
+    `generator` seeds the weights, drawn as torch.nn.Linear draws them; without one they are left to
+    be loaded. dtype: of the hidden layers' weights, and so the type they compute in; the last layer
+    is float32.
     """
 
     def __init__(self, input_dim, hidden=HIDDEN, generator=None, dtype=torch.float32):
@@ -82,7 +83,9 @@ def score_selected(model, rows, at):
 
 def predict(model, rows, dtype=torch.float32):
     """Scores of `rows` (m, input_dim), an array or a tensor, as a float32 array (m,), computed in `dtype`."""
-    rows = rows if torch.is_tensor(rows) else torch.from_numpy(np.ascontiguousarray(rows, np.float32))
+    rows = (
+        rows if torch.is_tensor(rows) else torch.from_numpy(np.ascontiguousarray(rows, np.float32))
+    )
     with torch.inference_mode():
         model = in_type(model, dtype)
         return torch.cat([model(part) for part in rows.to(dtype).split(SCORE_ROWS)]).numpy()

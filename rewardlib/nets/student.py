@@ -11,14 +11,17 @@ from rewardlib.nets.training import train
 FIRST_LOOK = 512  # prompts that tell the student's first slope
 
 
-def train_student(start, rows, targets, preferences, parts, student_loss, ranking_lambda, settings, seed):
+def train_student(
+    start, rows, targets, preferences, parts, student_loss, ranking_lambda, settings, seed
+):
     """Distil a teacher into one MLP. Returns (MLP, log); the MLP scores raw embeddings in the unit of the targets.
 
-    start: the MLP whose layers the student starts from; rows: (n, K, D) K responses to each of n prompts, an array or
-    tensor whose type is the one to compute in; targets: (n, K) calibrated teacher scores; preferences: (n, K) the
-    teacher's own scores, sd about 1; parts: (train, validation) prompt index arrays; student_loss: "mse", or "hybrid",
-    which adds ranking_lambda times a Bradley-Terry loss within prompts with the teacher's probabilities
-    sigmoid(difference of preferences) as soft labels: it keeps the order where the calibration is nearly flat. Inside,
+    start: the MLP whose layers the student starts from; rows: (n, K, D) K responses to each of n
+    prompts, an array or tensor whose type is the one to compute in; targets: (n, K) calibrated
+    teacher scores; preferences: (n, K) the teacher's own scores, sd about 1; parts: (train,
+    validation) prompt index arrays; student_loss: "mse", or "hybrid", which adds ranking_lambda
+    times a Bradley-Terry loss within prompts with the teacher's probabilities sigmoid(difference of
+    preferences) as soft labels: it keeps the order where the calibration is nearly flat. Inside,
     targets are standardised; the last layer is rescaled at either end.
     """
     rows, targets = torch.as_tensor(rows), torch.as_tensor(targets, dtype=torch.float64)
@@ -34,7 +37,9 @@ def train_student(start, rows, targets, preferences, parts, student_loss, rankin
     some = fit[:: 1 + len(fit) // FIRST_LOOK]
     with torch.inference_mode():
         scores = mlp.score_selected(mlp.in_type(model, rows.dtype), rows, some)
-    slope = torch.corrcoef(torch.stack([scores.flatten(), wanted[some].flatten()]))[0, 1] / scores.std()
+    slope = (
+        torch.corrcoef(torch.stack([scores.flatten(), wanted[some].flatten()]))[0, 1] / scores.std()
+    )
     slope = slope if torch.isfinite(slope) else torch.ones(())
     _rescale(model, slope, -slope * scores.mean())
     working = mlp.in_type(model, rows.dtype)
@@ -45,7 +50,9 @@ def train_student(start, rows, targets, preferences, parts, student_loss, rankin
         if student_loss == "hybrid":
             shift = int(torch.randint(1, n_responses, (), generator=generator))
             gap, preferred = (x - x.roll(shift, 1) for x in (scores, preferences[fit[batch]]))
-            value = value + ranking_lambda * F.binary_cross_entropy_with_logits(gap, preferred.sigmoid())
+            value = value + ranking_lambda * F.binary_cross_entropy_with_logits(
+                gap, preferred.sigmoid()
+            )
         return value
 
     def validate():

@@ -49,13 +49,15 @@ def default_batch_size(n):
 def train(model, n, loss, validate, settings, generator, working=None):
     """Minimise loss(index tensor) over shuffled passes through range(n); keep the best validated state.
 
-    working: the copy of `model` that loss and validate compute with, where it is of another type: gradients are taken
-    there, and each update of model's float32 weights is rounded into it (mixed precision, arXiv 1710.03740).
+    working: the copy of `model` that loss and validate compute with, where it is of another type:
+    gradients are taken there, and each update of model's float32 weights is rounded into it (mixed
+    precision, arXiv 1710.03740).
 
-    AdamW, learning rate warmed up over the first tenth of the steps, then lowered to zero along a cosine. `validate()`
-    returns the measures of an epoch; "quality" among them decides: the state with the highest one is restored at the
-    end, and `patience` epochs without a higher one end the training. Where it gives none, the last state stays.
-    Returns the log, one dict per epoch: epoch, learning_rate, train_loss, what else validate() gave, best.
+    AdamW, learning rate warmed up over the first tenth of the steps, then lowered to zero along a
+    cosine. `validate()` returns the measures of an epoch; "quality" among them decides: the state
+    with the highest one is restored at the end, and `patience` epochs without a higher one end the
+    training. Where it gives none, the last state stays. Returns the log, one dict per epoch: epoch,
+    learning_rate, train_loss, what else validate() gave, best.
     """
     total = settings.epochs * math.ceil(n / settings.batch_size)
     warmup = max(1, round(WARMUP * total))
@@ -63,7 +65,11 @@ def train(model, n, loss, validate, settings, generator, working=None):
     def rate_at(step):
         if step < warmup:
             return settings.learning_rate * (step + 1) / warmup
-        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return (
+            settings.learning_rate
+            * 0.5
+            * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        )
 
     weights = list((model if working is None else working).parameters())
     step_of = _adamw(list(model.parameters()), weights, settings.weight_decay)
@@ -77,8 +83,15 @@ def train(model, n, loss, validate, settings, generator, working=None):
             total_loss += value.detach() * len(batch)
             step += 1
         with torch.inference_mode():
-            entry = {"epoch": epoch, "learning_rate": rate, "train_loss": total_loss.item() / n, **validate()}
-        if not (math.isfinite(entry["train_loss"]) and math.isfinite(entry.get("validation_loss", 0.0))):
+            entry = {
+                "epoch": epoch,
+                "learning_rate": rate,
+                "train_loss": total_loss.item() / n,
+                **validate(),
+            }
+        if not (
+            math.isfinite(entry["train_loss"]) and math.isfinite(entry.get("validation_loss", 0.0))
+        ):
             raise FloatingPointError(
                 f"diverged: validation loss {entry.get('validation_loss', math.nan):g} "
                 f"(train loss {entry['train_loss']:g}); "
@@ -110,12 +123,18 @@ def _copied(state, into):
 def _adamw(weights, working, weight_decay):
     """update(gradients, learning rate) of fused AdamW with torch's defaults, and of the `working` copies of weights.
 
-    torch.optim.AdamW does the same, but its first instance loads the compiler: a second of CPU time and 70 MB.
+    torch.optim.AdamW does the same, but its first instance loads the compiler: a second of CPU time
+    and 70 MB.
     """
     constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": weight_decay}
     state = []
     for weight, copied in zip(weights, working, strict=True):
-        columns = weight.detach(), torch.zeros_like(weight), torch.zeros_like(weight), copied.detach()
+        columns = (
+            weight.detach(),
+            torch.zeros_like(weight),
+            torch.zeros_like(weight),
+            copied.detach(),
+        )
         parts = zip(*(tensor.view(-1).split(UPDATE_SIZE) for tensor in columns), strict=True)
         state.append([(*part, torch.zeros(())) for part in parts])
 
@@ -136,14 +155,17 @@ def _adamw(weights, working, weight_decay):
 def train_ensemble(rows, pairs, labels, members, objective, settings, hidden=mlp.HIDDEN):
     """Train reward models one after another on parts of the same annotated pairs.
 
-    rows: (R, D) embeddings, an array or tensor whose type is the one to compute in; pairs: (M, 2) row numbers; labels:
-    (M,) 1.0 where side 0 was preferred; members: a list of (train, validation, seed) with index arrays into the pairs;
-    objective: "bt" or "clf". Yields (MLP, log) for each member: the state of the epoch that orders the validation pairs
-    best (the loss overfits long before the order does). They should share no prompt with the training pairs, and may be
-    empty.
+    rows: (R, D) embeddings, an array or tensor whose type is the one to compute in; pairs: (M, 2)
+    row numbers; labels: (M,) 1.0 where side 0 was preferred; members: a list of (train, validation,
+    seed) with index arrays into the pairs; objective: "bt" or "clf". Yields (MLP, log) for each
+    member: the state of the epoch that orders the validation pairs best (the loss overfits long
+    before the order does). They should share no prompt with the training pairs, and may be empty.
     """
     rows = torch.as_tensor(rows)
-    pairs, labels = torch.from_numpy(np.asarray(pairs, np.int64)), torch.from_numpy(np.asarray(labels, np.float32))
+    pairs, labels = (
+        torch.from_numpy(np.asarray(pairs, np.int64)),
+        torch.from_numpy(np.asarray(labels, np.float32)),
+    )
     for fit, held, seed in members:
         generator = torch.Generator().manual_seed(seed)
         model = mlp.MLP(rows.shape[1], hidden, generator)

@@ -30,7 +30,9 @@ def prove_no_leakage(output_dir, split, record, config):
     told, used = manifest["step5"]["inputs"], manifest["step7"]["inputs"]
     other = sorted(name for name in told if told[name] != used.get(name))
     if other:
-        raise InputError(f"{output_dir}: step7 used other data than step5 ({other[0]}); run step 7 again")
+        raise InputError(
+            f"{output_dir}: step7 used other data than step5 ({other[0]}); run step 7 again"
+        )
     fits = {
         "reward models": np.asarray(record["prompts"]),
         "isotonic maps": np.asarray(config["calibration"]["prompts"]),
@@ -43,11 +45,15 @@ def prove_no_leakage(output_dir, split, record, config):
                 f"leakage: {len(leaked)} held-out prompts (first: {leaked[0]}) entered the fit of the {name}; "
                 f"run steps 5 to 8 again with the {splits.FILE} that is there"
             )
-    external = [member["file"] for member in config["teacher"]["members"] if member["origin"] == "external"]
+    external = [
+        member["file"] for member in config["teacher"]["members"] if member["origin"] == "external"
+    ]
     return {
         "held_out_prompts_in_fits": 0,
         "prompts_in_fits": {name: len(prompts) for name, prompts in fits.items()},
         "files_checked": sum(len(manifest[step]["outputs"]) for step in ("step5", "step7")),
         "external_teacher_files": external,
-        "note": "whether external teachers saw held-out prompts cannot be told from here" if external else None,
+        "note": "whether external teachers saw held-out prompts cannot be told from here"
+        if external
+        else None,
     }

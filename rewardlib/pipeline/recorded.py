@@ -1,11 +1,12 @@
 """Reward models from recorded preference pairs: split, training pairs, evaluation.
 
-Pairs are split 60 / 20 / 20 into train, calibration and held-out, groups of linked pairs on one side (pair_files.link).
-Ties teach no order and have no right answer: they are left out of fits and metrics, and counted. How often a model
-scores the two responses of a tie alike is not measured.
+Pairs are split 60 / 20 / 20 into train, calibration and held-out, groups of linked pairs on one
+side (pair_files.link). Ties teach no order and have no right answer: they are left out of fits and
+metrics, and counted. How often a model scores the two responses of a tie alike is not measured.
 
-A difference is score(preferred) - score(other), in logits: the ensemble's scores are brought to one scale for
-aggregation, then multiplied by the members' mean spread. preference_maps.py makes probabilities of it.
+A difference is score(preferred) - score(other), in logits: the ensemble's scores are brought to one
+scale for aggregation, then multiplied by the members' mean spread. preference_maps.py makes
+probabilities of it.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,20 @@ from rewardlib.pipeline import baselines, preference_maps, run_record
 
 SPLIT_FILE = "pair_split.json"
 ROLES = ("train", "calibration", "held_out")
-ANNOTATION = ("pairing", "consider_first_n", "n_sample", "n_pairs", "annotation_quality", "reward_scale")
+ANNOTATION = (
+    "pairing",
+    "consider_first_n",
+    "n_sample",
+    "n_pairs",
+    "annotation_quality",
+    "reward_scale",
+)
 
 
 def split(data, seed):
     """Deal the pairs 60 / 20 / 20, whole groups at a time. Returns {role: sorted (m,) row numbers} for ROLES."""
-    # split_prompts deals in these shares too, under the names of a pipeline that trains on few prompts
+    # split_prompts deals in these shares too, under the names of a pipeline that trains on few
+    # prompts
     return dict(zip(ROLES, splits.split_prompts(data.responses.groups, seed).values(), strict=True))
 
 
@@ -38,7 +47,9 @@ def rotations(data, seed, n_folds=5):
     """n_folds splits for cross-validation: fold i is held out, the next one calibrates, the others train."""
     folds = splits.assign_folds(data.responses.groups, n_folds, seeds.rng(seed, "rotations"))
     turned = ((folds - i) % n_folds for i in range(n_folds))
-    return [dict(zip(ROLES, map(np.flatnonzero, (t > 1, t == 1, t == 0)), strict=True)) for t in turned]
+    return [
+        dict(zip(ROLES, map(np.flatnonzero, (t > 1, t == 1, t == 0)), strict=True)) for t in turned
+    ]
 
 
 def save_split(output_dir, roles, seed):
@@ -51,7 +62,9 @@ def load_split(output_dir, data):
     content = artifacts.read_json(path, "step 5")
     parts = {role: np.array(content[role], int) for role in ROLES}
     if not np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(len(data))):
-        raise InputError(f"{path}: expected each of {len(data)} pairs once, found other pairs; run step 5 again")
+        raise InputError(
+            f"{path}: expected each of {len(data)} pairs once, found other pairs; run step 5 again"
+        )
     groups = np.concatenate([np.unique(data.responses.groups[rows]) for rows in parts.values()])
     if n_shared := len(groups) - len(np.unique(groups)):
         raise InputError(
@@ -81,9 +94,9 @@ def open_run(output_dir, settings, data):
 class TrainingPairs:
     """M pairs to train on, sides in random order.
 
-    rows: (2M, D) embeddings, a float32 array or the tensor that `draw` was asked for; index: (M, 2) row numbers of side
-    0 and side 1; labels: (M,) 1.0 where side 0 was preferred, else 0.0; prompts: (M, 2) group of either side, the same;
-    folds: (M,) validation fold, by group.
+    rows: (2M, D) embeddings, a float32 array or the tensor that `draw` was asked for; index: (M, 2)
+    row numbers of side 0 and side 1; labels: (M,) 1.0 where side 0 was preferred, else 0.0;
+    prompts: (M, 2) group of either side, the same; folds: (M,) validation fold, by group.
     """
 
     rows: np.ndarray | torch.Tensor
@@ -117,32 +130,38 @@ def draw(data, at, seed, dtype=None):
         rows = data.responses.take(*places)
     else:
         rows = mlp.gather(data.responses.read(*places), 2 * m, data.responses.shape[2], dtype)
-    return TrainingPairs(rows, index, (~turned).astype(float), np.stack([groups, groups], 1), folds, n_folds)
+    return TrainingPairs(
+        rows, index, (~turned).astype(float), np.stack([groups, groups], 1), folds, n_folds
+    )
 
 
 def fit(pairs, objective, settings, n_members, seed):
     """Train n_members reward models on TrainingPairs; member i validates on fold i mod n_folds.
 
-    objective: "bt" or "clf"; settings: networks.Training. Returns (ensembles.Ensemble on the scale of the training
-    responses, [training log of each member]).
+    objective: "bt" or "clf"; settings: networks.Training. Returns (ensembles.Ensemble on the scale
+    of the training responses, [training log of each member]).
     """
     jobs = []
     for member in range(n_members):
         held = pairs.folds == member % pairs.n_folds
-        jobs.append((np.flatnonzero(~held), np.flatnonzero(held), seeds.torch_seed(seed, "member", member)))
+        jobs.append(
+            (np.flatnonzero(~held), np.flatnonzero(held), seeds.torch_seed(seed, "member", member))
+        )
     trained = train_ensemble(pairs.rows, pairs.index, pairs.labels, jobs, objective, settings)
     models, logs = zip(*trained, strict=True)
     raw = np.stack([mlp.predict(model, pairs.rows) for model in models]).astype(float)
     spread = raw.std(1)
-    return scoring.Ensemble(list(models), raw.mean(1), np.where(spread > 0, spread, 1.0)), list(logs)
+    return scoring.Ensemble(list(models), raw.mean(1), np.where(spread > 0, spread, 1.0)), list(
+        logs
+    )
 
 
 @dataclass(frozen=True)
 class Part:
     """The m pairs of a role that are no ties.
 
-    at: (m,) row numbers; prompts: (m,) groups, numbered 0 ... G - 1; subset: (m,) names or None; weights: (B, G)
-    resamples of the groups; n_ties: pairs left out.
+    at: (m,) row numbers; prompts: (m,) groups, numbered 0 ... G - 1; subset: (m,) names or None;
+    weights: (B, G) resamples of the groups; n_ties: pairs left out.
     """
 
     at: np.ndarray
@@ -162,7 +181,9 @@ def part(data, at, rng):
             f"pairs: expected at least 2 prompts with a preference to evaluate on, found {n_prompts}; add pairs"
         )
     subset = None if data.subset is None else data.subset[kept]
-    return Part(kept, prompts, subset, intervals.resample_weights(n_prompts, rng), len(at) - len(kept))
+    return Part(
+        kept, prompts, subset, intervals.resample_weights(n_prompts, rng), len(at) - len(kept)
+    )
 
 
 def model_differences(predict, data, at):
@@ -176,19 +197,24 @@ def model_differences(predict, data, at):
 def differences(ensemble, probe, data, at, seed):
     """Score differences, preferred minus other, of the pairs `at` (m row numbers), by what they are.
 
-    Returns {"aggregations": {name: (m,)}, "members": (E, m), "baselines": {name: (m,)}}, all but the baselines random,
-    longer and shorter in logits. probe: (D,) weights of the linear probe.
+    Returns {"aggregations": {name: (m,)}, "members": (E, m), "baselines": {name: (m,)}}, all but
+    the baselines random, longer and shorter in logits. probe: (D,) weights of the linear probe.
     """
     raw = scoring.score_raw([*ensemble.models, probe], data.responses, at, ensemble.dtype)
     scores, linear = scoring.on_scale(ensemble, raw[:-1]), raw[-1].astype(float)
     unit = ensemble.spread.mean()
-    simple = {name: s[:, 0] - s[:, 1] for name, s in baselines.scores(data.responses, at, linear, 0.0, seed).items()}
+    simple = {
+        name: s[:, 0] - s[:, 1]
+        for name, s in baselines.scores(data.responses, at, linear, 0.0, seed).items()
+    }
     del simple["mean_reward"]  # a constant
     if "length" in simple:
         longer = simple.pop("length")
         simple |= {"longer": longer, "shorter": -longer}
     return {
-        "aggregations": {name: unit * (s[:, 0] - s[:, 1]) for name, s in aggregation.aggregate(scores).items()},
+        "aggregations": {
+            name: unit * (s[:, 0] - s[:, 1]) for name, s in aggregation.aggregate(scores).items()
+        },
         "members": ensemble.spread[:, None] * (scores[..., 0] - scores[..., 1]),
         "baselines": simple,
     }
@@ -205,31 +231,51 @@ def evaluate(ensemble, pairs, data, roles, seed):
     {"temperature", "isotonic"}}, the temperature null where it is infinite.
     """
     probe = baselines.fit_linear_probe(pairs.rows, pairs.index, pairs.labels, pairs.folds)
-    fitted, held = (part(data, roles[role], seeds.rng(seed, "resample", role)) for role in ROLES[1:])
+    fitted, held = (
+        part(data, roles[role], seeds.rng(seed, "resample", role)) for role in ROLES[1:]
+    )
     n_folds = min(run_record.FOLDS, fitted.weights.shape[1])
     folds = splits.assign_folds(fitted.prompts, n_folds, seeds.rng(seed, "calibration folds"))
     on_fitted, on_held = (differences(ensemble, probe, data, p.at, seed) for p in (fitted, held))
     inside, outside = ({**_counts(p), "aggregations": {}, "baselines": {}} for p in (fitted, held))
     maps = {}
-    for kind, name in [*(("aggregations", name) for name in on_held["aggregations"]), ("baselines", "linear_probe")]:
+    for kind, name in [
+        *(("aggregations", name) for name in on_held["aggregations"]),
+        ("baselines", "linear_probe"),
+    ]:
         difference, unseen = on_fitted[kind][name], on_held[kind][name]
-        temperature, numbers = preference_maps.fit_temperature(difference), preference_maps.fit_map(difference)
-        inside[kind][name] = table(difference, preference_maps.out_of_fold(difference, folds), fitted)
-        outside[kind][name] = table(unseen, preference_maps.calibrated(unseen, temperature, numbers), held)
+        temperature, numbers = (
+            preference_maps.fit_temperature(difference),
+            preference_maps.fit_map(difference),
+        )
+        inside[kind][name] = table(
+            difference, preference_maps.out_of_fold(difference, folds), fitted
+        )
+        outside[kind][name] = table(
+            unseen, preference_maps.calibrated(unseen, temperature, numbers), held
+        )
         maps[name] = {"temperature": artifacts.null_if_nan(temperature), "isotonic": numbers}
     for name, difference in on_held["baselines"].items():
         outside["baselines"].setdefault(name, table(difference, {}, held))
-    outside["members"] = [table(difference, {"uncalibrated": difference}, held) for difference in on_held["members"]]
+    outside["members"] = [
+        table(difference, {"uncalibrated": difference}, held) for difference in on_held["members"]
+    ]
     return {"calibration": inside, "held_out": outside, "maps": maps}
 
 
 def _counts(chosen):
-    return {"n_pairs": len(chosen.at), "n_prompts": chosen.weights.shape[1], "n_ties": chosen.n_ties}
+    return {
+        "n_pairs": len(chosen.at),
+        "n_prompts": chosen.weights.shape[1],
+        "n_ties": chosen.n_ties,
+    }
 
 
 def table(difference, log_odds, chosen):
     """Accuracy of differences (m,) on the Part `chosen` and, by variant, the metrics of log_odds {variant: (m,)}."""
-    return preferences.preference_accuracy(difference, chosen.prompts, chosen.weights, chosen.subset) | {
+    return preferences.preference_accuracy(
+        difference, chosen.prompts, chosen.weights, chosen.subset
+    ) | {
         name: preferences.preference_metrics(values, chosen.prompts, chosen.weights)
         for name, values in log_odds.items()
     }
@@ -248,8 +294,12 @@ def summary(results):
         variants = [row[v] for v in ("uncalibrated", "temperature_scaled", "isotonic") if v in row]
         nll = " > ".join(f"{v['nll']:.3f}" for v in variants)
         ece = " > ".join(f"{v['ece']:.3f} ({v['ece_if_calibrated']:.3f})" for v in variants)
-        lines.append(f"  {name:14}{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]      {nll:23}  {ece}".rstrip())
+        lines.append(
+            f"  {name:14}{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]      {nll:23}  {ece}".rstrip()
+        )
     for name, row in held["aggregations"]["mean"].get("by_subset", {}).items():
         low, high = row["accuracy_ci95"]
-        lines.append(f"  mean on {name} ({row['n_pairs']} pairs): {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(
+            f"  mean on {name} ({row['n_pairs']} pairs): {row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        )
     return lines

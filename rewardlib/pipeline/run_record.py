@@ -1,6 +1,7 @@
 """What step 5 leaves for the steps after it: names of the reward-model files and the record of the ensemble.
 
-A run is named by its settings (task, objective, pairing, ...): the dict that scripts build from their flags.
+A run is named by its settings (task, objective, pairing, ...): the dict that scripts build from
+their flags.
 """
 
 from pathlib import Path
@@ -45,23 +46,29 @@ def resolve_n_sample(n_sample, split):
 
 def choose_prompts(split, n_sample, rng):
     """The prompts reward models train on: student-train prompts first, so that calibration prompts stay unseen."""
-    order = np.concatenate([rng.permutation(split["student_train"]), rng.permutation(split["calibration"])])
+    order = np.concatenate(
+        [rng.permutation(split["student_train"]), rng.permutation(split["calibration"])]
+    )
     return np.sort(order[:n_sample])
 
 
 def read(output_dir, settings):
     """The record of the ensemble that `settings` name, in `output_dir`.
 
-    Returns a dict: prompts and folds (n,), members [{"file", "validation_fold", ...}], pairs {...}. InputError when
-    step 5 has not written it, or wrote it with other settings.
+    Returns a dict: prompts and folds (n,), members [{"file", "validation_fold", ...}], pairs {...}.
+    InputError when step 5 has not written it, or wrote it with other settings.
     """
     output_dir = Path(output_dir)
     entry = artifacts.read_manifest(output_dir).get("step5")
     if entry is None:
-        raise InputError(f"{output_dir}: no finished reward models found; run step 5 with the same settings first")
+        raise InputError(
+            f"{output_dir}: no finished reward models found; run step 5 with the same settings first"
+        )
     told = entry["arguments"]
     different = [
-        f"{key} {told.get(key)!r}, not {settings[key]!r}" for key in settings if told.get(key) != settings[key]
+        f"{key} {told.get(key)!r}, not {settings[key]!r}"
+        for key in settings
+        if told.get(key) != settings[key]
     ]
     if different:
         raise InputError(
@@ -86,7 +93,11 @@ def open_run(output_dir, settings, train):
     settings["n_sample"] = resolve_n_sample(settings["n_sample"], split)
     record = read(output_dir, settings)
     told = artifacts.read_manifest(output_dir)["step5"]["inputs"]
-    changed = sorted(name for name in told.keys() | train.digests.keys() if told.get(name) != train.digests.get(name))
+    changed = sorted(
+        name
+        for name in told.keys() | train.digests.keys()
+        if told.get(name) != train.digests.get(name)
+    )
     if changed:
         raise InputError(
             f"{output_dir}: expected the data its reward models were trained on, found other data ({changed[0]}); "

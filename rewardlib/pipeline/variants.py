@@ -24,9 +24,9 @@ def validate(predictions, golden, on_target_scale, weights):
     """Metrics of every variant: {variant: ranking and scale metrics} (the raw teacher has no scale: null, with
     the reason).
 
-    predictions: {variant: (n, K)}; golden: (n, K) rewards, which ranking and best-of-n are measured on;
-    on_target_scale: the same in calibrated units, which MSE, R2 and reliability are measured on; weights:
-    resampled prompts.
+    predictions: {variant: (n, K)}; golden: (n, K) rewards, which ranking and best-of-n are measured
+    on; on_target_scale: the same in calibrated units, which MSE, R2 and reliability are measured
+    on; weights: resampled prompts.
     """
     result = {}
     for variant, values in predictions.items():
@@ -47,7 +47,9 @@ def compare_with_teacher(predictions, golden, weights, rng):
     per_prompt = {
         "spearman": ranking.spearman,
         "pair_accuracy": ranking.pair_accuracy,
-        f"best_of_{best_of}": lambda scores, golden: ranking.best_of_n(scores, golden, [best_of])[:, 0],
+        f"best_of_{best_of}": lambda scores, golden: ranking.best_of_n(scores, golden, [best_of])[
+            :, 0
+        ],
     }
     result = {variant: {} for variant in VARIANTS if variant != RAW_TEACHER}
     for name, measure in per_prompt.items():
@@ -66,5 +68,7 @@ def scale_check(predictions, on_target_scale, n=5):
     rows = []
     for at in order[np.linspace(0, len(order) - 1, n).round().astype(int)]:
         row = {"golden": float(on_target_scale.ravel()[at])}
-        rows.append(row | {variant: float(values.ravel()[at]) for variant, values in predictions.items()})
+        rows.append(
+            row | {variant: float(values.ravel()[at]) for variant, values in predictions.items()}
+        )
     return rows

@@ -1,7 +1,8 @@
 """One page about one finished run: report.html, made only from the files that steps 5 to 8 left in OUTPUT_DIR.
 
-It reads and draws and measures nothing: every number on the page stands in one of the files, and deleting this module
-changes no step. It refuses files that are not the ones the manifest records, or that belong to different runs.
+It reads and draws and measures nothing: every number on the page stands in one of the files, and
+deleting this module changes no step. It refuses files that are not the ones the manifest records,
+or that belong to different runs.
 
 Reads   OUTPUT_DIR/{manifest,distillation_config,validation_results}.json, {orm,eval_results}_....json,
         {training,student}_log.jsonl, predictions_{held_out,test}.npy, golden_{held_out,test}.npy
@@ -28,11 +29,21 @@ STEPS = ("step5", "step6", "step7", "step8")
 MAX_POINTS = 1500
 TEACHER, _, STUDENT, FINAL = VARIANTS
 INK, GREY = "#111213", "#828282"
-# Okabe and Ito's colours, which stay apart for colour-blind readers; INK becomes the colour of the page's text.
+# Okabe and Ito's colours, which stay apart for colour-blind readers; INK becomes the colour of the
+# page's text.
 COLOUR = dict(zip(VARIANTS, ("#0072B2", "#56B4E9", "#D55E00", "#E69F00"), strict=True))
-COLOUR |= {"oracle": INK, "random": GREY, "mean_reward": "#CC79A7", "length": "#F0E442", "linear_probe": "#009E73"}
-# Line, marker and width: from thick to thin, so that a line hidden under another still shows at its edges.
-LINE = dict(zip(VARIANTS, (("-", "o", 3.2), ("--", "s", 2.4), ("-", "^", 1.6), ("--", "D", 1)), strict=True))
+COLOUR |= {
+    "oracle": INK,
+    "random": GREY,
+    "mean_reward": "#CC79A7",
+    "length": "#F0E442",
+    "linear_probe": "#009E73",
+}
+# Line, marker and width: from thick to thin, so that a line hidden under another still shows at its
+# edges.
+LINE = dict(
+    zip(VARIANTS, (("-", "o", 3.2), ("--", "s", 2.4), ("-", "^", 1.6), ("--", "D", 1)), strict=True)
+)
 LABEL = {"mean_reward": "mean reward", "linear_probe": "linear probe"}
 METRIC = {"spearman": "Spearman", "pair_accuracy": "Pair accuracy"}
 IDENTITY = {"color": INK, "linewidth": 0.8, "linestyle": ":", "label": "predicted = golden"}
@@ -43,7 +54,11 @@ WORDS = {
     "xprompt": "cross-prompt",
     "sameprompt": "same-prompt",
 }
-UNIT = {"none": "golden reward", "standardised": "standardised golden reward", "binary": "P(golden reward > threshold)"}
+UNIT = {
+    "none": "golden reward",
+    "standardised": "standardised golden reward",
+    "binary": "P(golden reward > threshold)",
+}
 HOW = {
     "Results": "Mean over prompts and its 95 % interval from resampling prompts. Higher is better, except MSE. "
     "Best of n: golden reward of the top-scored of n responses. Gain: its share of the oracle's gain over a random "
@@ -77,7 +92,7 @@ RC = {
     "lines.linewidth": 1.2, "lines.markersize": 4.5, "legend.frameon": False, "legend.handlelength": 2.4,
 }  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read(folder):
@@ -94,16 +109,25 @@ def read(folder):
         if not path.is_file():
             raise InputError(f"{path} not found; it is written by {step}: run that first")
         if artifacts.describe_file(path) != manifest[step]["outputs"].get(name):
-            raise InputError(f"{path} is not the file that {step} recorded; run {step} again with FORCE=1")
+            raise InputError(
+                f"{path} is not the file that {step} recorded; run {step} again with FORCE=1"
+            )
         return path
 
-    evaluation = next(name for name in manifest["step6"]["outputs"] if name.startswith("eval_results_"))
-    run = {"manifest": manifest, "record": json.loads(recorded("step5", manifest["step5"]["record"]).read_text())}
+    evaluation = next(
+        name for name in manifest["step6"]["outputs"] if name.startswith("eval_results_")
+    )
+    run = {
+        "manifest": manifest,
+        "record": json.loads(recorded("step5", manifest["step5"]["record"]).read_text()),
+    }
     run["evaluation"] = json.loads(recorded("step6", evaluation).read_text())
     run["config"] = json.loads(recorded("step7", "distillation_config.json").read_text())
     run["validation"] = json.loads(recorded("step8", "validation_results.json").read_text())
     for step, name in (("step5", "training_log"), ("step7", "student_log")):
-        run[name] = [json.loads(line) for line in recorded(step, f"{name}.jsonl").read_text().splitlines()]
+        run[name] = [
+            json.loads(line) for line in recorded(step, f"{name}.jsonl").read_text().splitlines()
+        ]
     blocks = {"held_out": run["validation"], "test": run["validation"]["test"]}
     run["sets"] = {name: block for name, block in blocks.items() if block is not None}
     for kind in ("predictions", "golden"):
@@ -118,10 +142,12 @@ def check_one_run(folder, manifest):
         for earlier in STEPS[:i]:
             for name, told in manifest[earlier]["outputs"].items():
                 if manifest[later]["inputs"].get(name, told["sha256"]) != told["sha256"]:
-                    raise InputError(f"{folder}: {earlier} has replaced {name} since {later} ran; run {later} again")
+                    raise InputError(
+                        f"{folder}: {earlier} has replaced {name} since {later} ran; run {later} again"
+                    )
 
 
-# ------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def number(value, sign=""):
@@ -156,9 +182,13 @@ def summary(block):
     told = block["against_teacher"][STUDENT]["spearman"]
     if None in (told["difference"], *(row["spearman"] for row in rows)):
         return "On held-out prompts Spearman is undefined for the teacher, the student or a random scorer."
-    teacher, student, chance = (f"{number(row['spearman'])} {interval(row['spearman_ci95'])}" for row in rows)
+    teacher, student, chance = (
+        f"{number(row['spearman'])} {interval(row['spearman_ci95'])}" for row in rows
+    )
     low, high = told["ci95"]
-    verdict = "includes zero" if low <= 0 <= high else f"lies {'above' if low > 0 else 'below'} zero"
+    verdict = (
+        "includes zero" if low <= 0 <= high else f"lies {'above' if low > 0 else 'below'} zero"
+    )
     return (
         f"On {block['n_prompts']} held-out prompts the teacher ranks responses with a mean Spearman of {teacher} "
         f"and the student with {student}, against {chance} for a random scorer; student minus teacher is "
@@ -166,7 +196,7 @@ def summary(block):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- HTML
+# --------------------------------------------------------------------------------------------- HTML
 
 
 def anchor(title):
@@ -183,16 +213,26 @@ def table(head, groups, notes=()):
     """A table in its own scroll container. groups: lists of rows of HTML cells, the first of each a row header."""
     body = ""
     for rows in groups:
-        lines = (f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{c}</td>" for c in row[1:])}</tr>\n' for row in rows)
+        lines = (
+            f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{c}</td>" for c in row[1:])}</tr>\n'
+            for row in rows
+        )
         body += f"<tbody>\n{''.join(lines)}</tbody>\n"
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    foot = "".join(f'<p class="note"><sup>{i}</sup> {escape(note)}</p>\n' for i, note in enumerate(notes, 1))
-    return f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n{body}</table></div>\n{foot}'
+    foot = "".join(
+        f'<p class="note"><sup>{i}</sup> {escape(note)}</p>\n' for i, note in enumerate(notes, 1)
+    )
+    return (
+        f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n{body}</table></div>\n{foot}'
+    )
 
 
 def pairs_list(content):
     """Names and values side by side; both are escaped here."""
-    items = "".join(f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>\n" for k, v in content.items())
+    items = "".join(
+        f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>\n"
+        for k, v in content.items()
+    )
     return f"<dl>\n{items}</dl>\n"
 
 
@@ -206,7 +246,9 @@ def small(text):
 
 
 def per_set(sets, make):
-    return "".join(f"<h3>{set_title(name, block)}</h3>\n{make(block)}" for name, block in sets.items())
+    return "".join(
+        f"<h3>{set_title(name, block)}</h3>\n{make(block)}" for name, block in sets.items()
+    )
 
 
 def figures(sets, paint):
@@ -215,7 +257,11 @@ def figures(sets, paint):
 
 def grid(drawn):
     """(caption, SVG or None) pairs side by side where there is room."""
-    parts = (f"<figure><figcaption>{caption}</figcaption>\n{svg}</figure>\n" for caption, svg in drawn if svg)
+    parts = (
+        f"<figure><figcaption>{caption}</figcaption>\n{svg}</figure>\n"
+        for caption, svg in drawn
+        if svg
+    )
     return f'<div class="figures">\n{"".join(parts)}</div>\n'
 
 
@@ -242,13 +288,19 @@ def result_table(block):
     columns = METRIC | dict(zip(("best_of_n", "best_of_n_gain", "mse", "r2"), names, strict=True))
 
     def line(name, row):
-        return [swatch(name), *(metric_cell(row, metric, block["n_prompts"], size, notes) for metric in columns)]
+        return [
+            swatch(name),
+            *(metric_cell(row, metric, block["n_prompts"], size, notes) for metric in columns),
+        ]
 
     variants = [line(name, block[name]) for name in VARIANTS]
     baselines = [line(name, row) for name, row in block["baselines"].items()]
     notes.append("picks by the golden reward itself; only its best of n is recorded")
     best = number(block["golden_best_of_n"][size])
-    oracle = [f"{swatch('oracle')}<sup>{len(notes)}</sup>", *(best if name == "best_of_n" else "—" for name in columns)]
+    oracle = [
+        f"{swatch('oracle')}<sup>{len(notes)}</sup>",
+        *(best if name == "best_of_n" else "—" for name in columns),
+    ]
     return table(["", *columns.values()], [variants, baselines, [oracle]], notes)
 
 
@@ -256,20 +308,36 @@ def difference_table(block):
     """Each variant minus the raw teacher."""
 
     def cell(told):
-        return number(told["difference"], "+") + small(interval(told["ci95"], "+")) + small(p_value(told["p_value"]))
+        return (
+            number(told["difference"], "+")
+            + small(interval(told["ci95"], "+"))
+            + small(p_value(told["p_value"]))
+        )
 
     against = block["against_teacher"]
-    head = [METRIC.get(name, name.replace("_", " ").capitalize()) for name in next(iter(against.values()))]
-    return table(["", *head], [[[swatch(variant), *map(cell, row.values())] for variant, row in against.items()]])
+    head = [
+        METRIC.get(name, name.replace("_", " ").capitalize())
+        for name in next(iter(against.values()))
+    ]
+    return table(
+        ["", *head],
+        [[[swatch(variant), *map(cell, row.values())] for variant, row in against.items()]],
+    )
 
 
 def scale_table(block):
     names = ["lowest", *[""] * (len(block["scale_check"]) - 2), "highest"]
-    rows = [[name, *map(number, row.values())] for name, row in zip(names, block["scale_check"], strict=True)]
-    return table(["", *(swatch(name) if name in VARIANTS else name for name in block["scale_check"][0])], [rows])
+    rows = [
+        [name, *map(number, row.values())]
+        for name, row in zip(names, block["scale_check"], strict=True)
+    ]
+    return table(
+        ["", *(swatch(name) if name in VARIANTS else name for name in block["scale_check"][0])],
+        [rows],
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------ figures
 
 
 def draw(name, label, paint, height=3.5):
@@ -281,21 +349,33 @@ def draw(name, label, paint, height=3.5):
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             columns = 2 if max(map(len, labels)) < 20 else 1
-            figure.legend(handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2)
+            figure.legend(
+                handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.2
+            )
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     view, svg = re.search(r'viewBox="([^"]*)".*?>(.*)', file.getvalue(), re.S).groups()
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|font-family: [^;\"]*;? ?", "", svg, flags=re.S)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<style.*?</style>|font-family: [^;\"]*;? ?", "", svg, flags=re.S
+    )
     svg = svg.replace("xlink:href", "href").replace(INK, "currentColor")
     used = set(re.findall(r"#([\w.-]+)[\")]", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(
+        r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg
+    )
     svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
     svg = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
-    return f'<svg viewBox="{view}" role="img" aria-label="{escape(label)}">' + re.sub(r"\s*\n\s*", "\n", svg)
+    return f'<svg viewBox="{view}" role="img" aria-label="{escape(label)}">' + re.sub(
+        r"\s*\n\s*", "\n", svg
+    )
 
 
 def plot_variant(axes, variant, x, y, label, width):
     line, marker, _ = LINE[variant]
-    looks = {"color": COLOUR[variant], "mfc": "none" if line == "--" else COLOUR[variant], "linewidth": width}
+    looks = {
+        "color": COLOUR[variant],
+        "mfc": "none" if line == "--" else COLOUR[variant],
+        "linewidth": width,
+    }
     axes.plot(x, y, line, marker=marker, label=label, **looks)
 
 
@@ -306,14 +386,33 @@ def best_of_n_figure(name, block):
             low, high = zip(*block[variant]["best_of_n_ci95"].values(), strict=True)
             axes.fill_between(sizes, low, high, color=COLOUR[variant], alpha=0.08, linewidth=0)
         for variant in VARIANTS:
-            plot_variant(axes, variant, sizes, block[variant]["best_of_n"].values(), variant, LINE[variant][2])
+            plot_variant(
+                axes,
+                variant,
+                sizes,
+                block[variant]["best_of_n"].values(),
+                variant,
+                LINE[variant][2],
+            )
         axes.plot(sizes, block["golden_best_of_n"].values(), "-", color=INK, label="oracle")
-        axes.plot(sizes, block["baselines"]["random"]["best_of_n"].values(), ":", color=GREY, label="random")
-        axes.set(xscale="log", xlabel="n, responses to choose from (log scale)", ylabel="golden reward of the choice")
+        axes.plot(
+            sizes,
+            block["baselines"]["random"]["best_of_n"].values(),
+            ":",
+            color=GREY,
+            label="random",
+        )
+        axes.set(
+            xscale="log",
+            xlabel="n, responses to choose from (log scale)",
+            ylabel="golden reward of the choice",
+        )
         axes.set_xticks(sizes, map(str, sizes))
         axes.xaxis.set_minor_locator(NullLocator())
 
-    return draw(f"best-of-n-{name}", "Golden reward of the best of n responses against n", paint, 3.9)
+    return draw(
+        f"best-of-n-{name}", "Golden reward of the best of n responses against n", paint, 3.9
+    )
 
 
 def reliability_figure(name, block, unit):
@@ -324,9 +423,16 @@ def reliability_figure(name, block, unit):
                 plot_variant(axes, variant, told["predicted"], told["golden"], label, 1)
         limits = [pick(*axes.get_xlim(), *axes.get_ylim()) for pick in (min, max)]
         axes.plot(limits, limits, **IDENTITY)
-        axes.set(xlim=limits, ylim=limits, xlabel=f"predicted {unit}, mean of bin", ylabel=f"{unit}, mean of bin")
+        axes.set(
+            xlim=limits,
+            ylim=limits,
+            xlabel=f"predicted {unit}, mean of bin",
+            ylabel=f"{unit}, mean of bin",
+        )
 
-    return draw(f"reliability-{name}", "Mean golden against mean predicted reward in bins", paint, 4.2)
+    return draw(
+        f"reliability-{name}", "Mean golden against mean predicted reward in bins", paint, 4.2
+    )
 
 
 def scatter_figure(name, predicted, golden, unit):
@@ -339,7 +445,9 @@ def scatter_figure(name, predicted, golden, unit):
         axes.axline((x.mean(), x.mean()), slope=1, **IDENTITY)
         axes.set(xlabel=f"predicted {unit}", ylabel=unit)
 
-    return draw(f"scatter-{name}", f"Golden against predicted reward of {len(x)} responses", paint, 3.7)
+    return draw(
+        f"scatter-{name}", f"Golden against predicted reward of {len(x)} responses", paint, 3.7
+    )
 
 
 def curves_figure(name, logs, key, colour, ylabel):
@@ -349,7 +457,15 @@ def curves_figure(name, logs, key, colour, ylabel):
     def paint(axes):
         for log in logs:
             epochs = [entry["epoch"] for entry in log]
-            axes.plot(epochs, [entry[key] for entry in log], "-o", color=colour, linewidth=1, markersize=2.5, alpha=0.7)
+            axes.plot(
+                epochs,
+                [entry[key] for entry in log],
+                "-o",
+                color=colour,
+                linewidth=1,
+                markersize=2.5,
+                alpha=0.7,
+            )
         best = [[entry for entry in log if entry["best"]][-1] for log in logs]
         marks = {"color": INK, "mfc": "none", "markersize": 7, "label": "best epoch", "zorder": 3}
         axes.plot([entry["epoch"] for entry in best], [entry[key] for entry in best], "o", **marks)
@@ -366,7 +482,9 @@ def members_figure(name, block):
     members = [row["spearman"] for row in block["members"] if row["spearman"] is not None]
 
     def paint(axes):
-        heights = np.linspace(-0.25, 0.25, len(members)) if len(members) > 1 else np.zeros(len(members))
+        heights = (
+            np.linspace(-0.25, 0.25, len(members)) if len(members) > 1 else np.zeros(len(members))
+        )
         axes.plot(members, heights, "o", color=COLOUR[TEACHER], alpha=0.9, markeredgewidth=0)
         for at, (label, row) in enumerate(rows.items(), 1):
             axes.plot(row["spearman_ci95"], [at, at], "-", color=COLOUR.get(label, INK))
@@ -376,10 +494,15 @@ def members_figure(name, block):
         axes.set(xlabel="Spearman", ylim=(len(names) - 0.5, -0.5))
         axes.axhline(0.5, color=GREY, linewidth=0.5)
 
-    return draw(f"members-{name}", "Spearman of members, aggregations and linear probe", paint, 1.3 + 0.3 * len(rows))
+    return draw(
+        f"members-{name}",
+        "Spearman of members, aggregations and linear probe",
+        paint,
+        1.3 + 0.3 * len(rows),
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- sections
+# ----------------------------------------------------------------------------------------- sections
 
 
 def ranking_sections(run):
@@ -387,17 +510,27 @@ def ranking_sections(run):
     yield section("Results", per_set(sets, result_table))
     yield section("Differences to the teacher", per_set(sets, difference_table))
     yield section("Best of n", figures(sets, best_of_n_figure))
-    yield section("Members and aggregations", figures({name: run["evaluation"][name] for name in sets}, members_figure))
+    yield section(
+        "Members and aggregations",
+        figures({name: run["evaluation"][name] for name in sets}, members_figure),
+    )
 
 
 def scale_sections(run):
-    unit, predicted, golden = UNIT[run["validation"]["target"]["transform"]], run["predictions"], run["golden"]
+    unit, predicted, golden = (
+        UNIT[run["validation"]["target"]["transform"]],
+        run["predictions"],
+        run["golden"],
+    )
     final = VARIANTS.index(FINAL)
 
     def scatter(name, _):
         return scatter_figure(name, predicted[name][final], golden[name], unit)
 
-    yield section("Reliability", figures(run["sets"], lambda name, block: reliability_figure(name, block, unit)))
+    yield section(
+        "Reliability",
+        figures(run["sets"], lambda name, block: reliability_figure(name, block, unit)),
+    )
     yield section("Golden against predicted", figures(run["sets"], scatter))
     yield section("Scale check", per_set(run["sets"], scale_table))
 
@@ -409,8 +542,12 @@ def training_sections(run):
     members, blue, red = list(logs.values()), COLOUR[TEACHER], COLOUR[STUDENT]
     of = f"{len(members)} member{'s' if len(members) > 1 else ''}"
     loss = curves_figure("loss", members, "validation_loss", blue, "validation loss")
-    accuracy = curves_figure("accuracy", members, "validation_accuracy", blue, "validation accuracy")
-    distilled = curves_figure("student", student, "validation_loss", red, "validation MSE, standardised")
+    accuracy = curves_figure(
+        "accuracy", members, "validation_accuracy", blue, "validation accuracy"
+    )
+    distilled = curves_figure(
+        "student", student, "validation_loss", red, "validation MSE, standardised"
+    )
     drawn = {f"Loss of {of}": loss, f"Accuracy of {of}": accuracy, "Loss of the student": distilled}
     yield section("Training", grid(drawn.items()))
     told = {
@@ -432,19 +569,32 @@ def provenance_sections(run):
     told = {"held-out prompts": results["n_heldout_prompts"]}
     told["held-out prompts in fits"] = proof["held_out_prompts_in_fits"]
     told |= {f"prompts in the fit of the {name}": n for name, n in proof["prompts_in_fits"].items()}
-    told |= {"files checked": proof["files_checked"], "isotonic maps fitted on": results["calibrated_on"]}
+    told |= {
+        "files checked": proof["files_checked"],
+        "isotonic maps fitted on": results["calibrated_on"],
+    }
     told["golden reward rises with the score"] = plain(run["config"]["calibration"]["increasing"])
     if external := [Path(name).name for name in proof["external_teacher_files"]]:
         told |= {"external teachers": ", ".join(external), "note": proof["note"]}
     yield section("No leakage", pairs_list(told))
-    yield section("Settings", pairs_list({name: plain(value) for name, value in results["settings"].items()}))
+    yield section(
+        "Settings", pairs_list({name: plain(value) for name, value in results["settings"].items()})
+    )
     rows, versions, inputs = [], {}, {}
     made = {name for entry in entries for name in entry["outputs"]}
     for step, entry in zip(STEPS, entries, strict=True):
         revision, seconds = entry["git_revision"] or "not known", f"{entry['wall_seconds']:.1f} s"
-        cells = (revision, artifacts.hash_of(entry["code"])[:12], entry["python"], seconds, entry["finished_at"])
+        cells = (
+            revision,
+            artifacts.hash_of(entry["code"])[:12],
+            entry["python"],
+            seconds,
+            entry["finished_at"],
+        )
         rows.append([step.replace("step", "Step "), *map(escape, cells)])
-        packages = ", ".join(f"{name} {version or 'absent'}" for name, version in entry["packages"].items())
+        packages = ", ".join(
+            f"{name} {version or 'absent'}" for name, version in entry["packages"].items()
+        )
         versions.setdefault(packages, []).append(step.removeprefix("step"))
         inputs |= {Path(name).name: digest[:12] for name, digest in entry["inputs"].items()}
     inputs = {name: digest for name, digest in inputs.items() if name not in made}
@@ -455,7 +605,7 @@ def provenance_sections(run):
     yield section("Provenance", steps + digests)
 
 
-# --------------------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 CSS = """
 :root{color-scheme:light dark;--ink:#1b1d1f;--soft:#5c6166;--rule:#d5d8da;--page:#fff;--link:#00588a}
@@ -515,13 +665,17 @@ def build(run):
     """The page as text. run: what `read` returns."""
     s, members = run["validation"]["settings"], run["evaluation"]["n_members"]
     task = escape(s["task"])
-    about = f"{WORDS[s['rm_objective']]} objective, {WORDS[s['pairing']]} pairs, {s['embed_model_name']} embeddings; \
+    about = (
+        f"{WORDS[s['rm_objective']]} objective, {WORDS[s['pairing']]} pairs, {s['embed_model_name']} embeddings; \
 {members} reward models, {len(run['record']['prompts'])} labelled prompts, seed {s['seed']}"
+    )
     makers = (ranking_sections, scale_sections, training_sections, provenance_sections)
     sections = "".join(part for make in makers for part in make(run))
     links = " ".join(f'<a href="#{anchor(title)}">{title}</a>' for title in HOW)
     lead = summary(run["validation"])
-    return page(f"{task}: reward model report", f"Reward models: {task}", about, lead, links, sections)
+    return page(
+        f"{task}: reward model report", f"Reward models: {task}", about, lead, links, sections
+    )
 
 
 def write(folder):

@@ -36,10 +36,11 @@ LONGEST_HEADER = 100_000_000  # bytes; readers of the format refuse a longer one
 class Rated:
     """n rated responses or n pairs of responses.
 
-    embeddings: list of arrays (n_i, D) or (n_i, 2, D), one per file, n_i adding up to n; prompt_embeddings: the same of
-    (n_i, D'), or None; labels: (n, A) float32 with NaN where missing, or None; groups: (n,) int64 prompt numbers; ids:
-    n strings; attributes: A names; subsets: n names, or None; source: what the file was made of (JSON); left_out: ids
-    of rows that were too long; digests: {file name: sha256}; path: where it was read from.
+    embeddings: list of arrays (n_i, D) or (n_i, 2, D), one per file, n_i adding up to n;
+    prompt_embeddings: the same of (n_i, D'), or None; labels: (n, A) float32 with NaN where
+    missing, or None; groups: (n,) int64 prompt numbers; ids: n strings; attributes: A names;
+    subsets: n names, or None; source: what the file was made of (JSON); left_out: ids of rows that
+    were too long; digests: {file name: sha256}; path: where it was read from.
     """
 
     embeddings: list
@@ -81,7 +82,9 @@ class Rated:
     def column(self, name):
         """The position of attribute `name`; InputError where there is none."""
         if name not in self.attributes:
-            raise InputError(f"{self.path}: expected an attribute among {', '.join(self.attributes)}, found {name!r}")
+            raise InputError(
+                f"{self.path}: expected an attribute among {', '.join(self.attributes)}, found {name!r}"
+            )
         return list(self.attributes).index(name)
 
 
@@ -106,14 +109,16 @@ def groups_of(prompts):
     """(n,) int64 from the prompts' texts: equal texts, equal numbers, in every shard and every file."""
     digests = (hashlib.sha256(prompt.encode()).digest() for prompt in prompts)
     # 53 bits: whole in the JSON of every program.
-    return np.fromiter((int.from_bytes(digest[:8], "little") >> 11 for digest in digests), np.int64, len(prompts))
+    return np.fromiter(
+        (int.from_bytes(digest[:8], "little") >> 11 for digest in digests), np.int64, len(prompts)
+    )
 
 
 def split_prompts(groups, shares, rng):
     """Deal rows to roles, whole prompts at a time: {role: sorted row numbers}.
 
-    groups: (n,) prompt of each row; shares: {role: share of the rows}, which add up to 1; a share may be 0. InputError
-    where there are too few prompts for the others.
+    groups: (n,) prompt of each row; shares: {role: share of the rows}, which add up to 1; a share
+    may be 0. InputError where there are too few prompts for the others.
     """
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     order = rng.permutation(len(sizes))
@@ -136,33 +141,44 @@ def shard_name(stem, idx, n):
     return f"{stem}-{idx:05d}-of-{n:05d}.safetensors"
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read(path, *, labels=None, pairs=None, attributes=None):
     """Check and open a prepared file, or all shards that the pattern `path` ("data-*.safetensors") matches.
 
-    labels: True asks for labels, with at least one for every attribute; pairs: True asks for (n, 2, D), False for
-    (n, D); attributes: names of those to keep. Returns Rated; InputError with what was expected and found.
+    labels: True asks for labels, with at least one for every attribute; pairs: True asks for (n, 2,
+    D), False for (n, D); attributes: names of those to keep. Returns Rated; InputError with what
+    was expected and found.
     """
     files = _find(path)
     rated = merge(files) if len(files) > 1 or SHARD.fullmatch(files[0].name) else _open(files[0])
     n, *rest = rated.shape
     if not n:
-        raise InputError(f"{path}: expected at least one row, found none; {len(rated.left_out)} were left out")
+        raise InputError(
+            f"{path}: expected at least one row, found none; {len(rated.left_out)} were left out"
+        )
     if pairs is not None and pairs != rated.is_pairs:
         wanted = "(n, 2, D) pairs, chosen then rejected" if pairs else "(n, D) rated responses"
         found = "pairs" if rated.is_pairs else "rated responses"
-        raise InputError(f"{path}: expected embeddings {wanted}, found {(n, *rest)}: {found}; prepare the other data")
+        raise InputError(
+            f"{path}: expected embeddings {wanted}, found {(n, *rest)}: {found}; prepare the other data"
+        )
     if labels and rated.labels is None:
-        raise InputError(f"{path}: expected labels ({n}, attributes), found none; prepare the data with labels")
+        raise InputError(
+            f"{path}: expected labels ({n}, attributes), found none; prepare the data with labels"
+        )
     if attributes:
         columns = [rated.column(name) for name in attributes]
         kept = None if rated.labels is None else rated.labels[:, columns]
         rated = replace(rated, attributes=list(attributes), labels=kept)
         _check_attributes(rated, path)
     if labels:
-        empty = [name for name, column in zip(rated.attributes, rated.labels.T, strict=True) if np.isnan(column).all()]
+        empty = [
+            name
+            for name, column in zip(rated.attributes, rated.labels.T, strict=True)
+            if np.isnan(column).all()
+        ]
         if empty:
             raise InputError(
                 f"{path}: expected labels for every attribute, found none for {', '.join(empty)}; leave it out"
@@ -177,7 +193,9 @@ def _find(path):
         return [path]
     files = sorted(map(Path, glob.glob(str(path))))
     if not files:
-        raise InputError(f"{path}: expected a prepared file or a pattern of shards, found none; {MADE_BY} writes it")
+        raise InputError(
+            f"{path}: expected a prepared file or a pattern of shards, found none; {MADE_BY} writes it"
+        )
     return files
 
 
@@ -190,15 +208,21 @@ def merge(paths):
     names = {path: SHARD.fullmatch(path.name) for path in paths}
     for path, match in names.items():
         if not match:
-            raise InputError(f"{path}: expected shards named {shard_name('stem', 0, 2)}, found {path.name}; narrow it")
+            raise InputError(
+                f"{path}: expected shards named {shard_name('stem', 0, 2)}, found {path.name}; narrow it"
+            )
     paths = sorted(paths, key=lambda path: int(names[path]["idx"]))
     stem, n = names[paths[0]]["stem"], int(names[paths[0]]["n"])
     for path in paths:
         if (names[path]["stem"], int(names[path]["n"])) != (stem, n):
-            raise InputError(f"{path}: expected a shard of {stem}, {n} in all, as {paths[0].name}; narrow the pattern")
+            raise InputError(
+                f"{path}: expected a shard of {stem}, {n} in all, as {paths[0].name}; narrow the pattern"
+            )
     numbers = [int(names[path]["idx"]) for path in paths]
     if len(set(numbers)) < len(numbers) or numbers[-1] >= n:
-        raise InputError(f"{paths[0].parent}: expected each of the shards 0-{n - 1} of {stem} once, found {numbers}")
+        raise InputError(
+            f"{paths[0].parent}: expected each of the shards 0-{n - 1} of {stem} once, found {numbers}"
+        )
     if missing := sorted(set(range(n)) - set(numbers)):
         raise InputError(
             f"{paths[0].parent / shard_name(stem, missing[0], n)} is missing: expected {n} shards, found {len(paths)}, "
@@ -213,7 +237,11 @@ def _concatenate(shards):
         _check_same(first, shard)
 
     def joined(name):
-        return None if getattr(first, name) is None else [item for shard in shards for item in getattr(shard, name)]
+        return (
+            None
+            if getattr(first, name) is None
+            else [item for shard in shards for item in getattr(shard, name)]
+        )
 
     rated = Rated(
         embeddings=joined("embeddings"),
@@ -238,7 +266,9 @@ def _check_same(first, shard):
         "source": lambda rated: rated.source,
         "attributes": lambda rated: list(rated.attributes),
         "embeddings": lambda rated: (str(rated.embeddings[0].dtype), *rated.shape[1:]),
-        "prompt_embeddings": lambda rated: rated.prompt_embeddings and rated.prompt_embeddings[0].shape[1:],
+        "prompt_embeddings": lambda rated: (
+            rated.prompt_embeddings and rated.prompt_embeddings[0].shape[1:]
+        ),
         "labels": lambda rated: rated.labels is not None,
         "subsets": lambda rated: rated.subsets is not None,
     }.items():
@@ -254,11 +284,15 @@ def _open(path):
     arrays, metadata = map_tensors(path)
     for name in ("embeddings", "groups"):
         if name not in arrays:
-            raise InputError(f"{path}: expected a tensor {name!r}, found {', '.join(arrays)}; {MADE_BY} writes it")
+            raise InputError(
+                f"{path}: expected a tensor {name!r}, found {', '.join(arrays)}; {MADE_BY} writes it"
+            )
     try:
         told = {name: json.loads(metadata.get(name, "null")) for name in METADATA}
     except ValueError:
-        raise InputError(f"{path}: expected JSON in its metadata, found {metadata}; prepare it again") from None
+        raise InputError(
+            f"{path}: expected JSON in its metadata, found {metadata}; prepare it again"
+        ) from None
     labels = arrays.get("labels")
     rated = Rated(
         embeddings=[arrays["embeddings"]],
@@ -286,63 +320,91 @@ def map_tensors(path):
             start = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start))
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: expected a whole .safetensors file, found: {error}; {MADE_BY} writes it") from None
+        raise InputError(
+            f"{path}: expected a whole .safetensors file, found: {error}; {MADE_BY} writes it"
+        ) from None
     metadata = header.pop("__metadata__", {})
     arrays = {}
     for name, told in header.items():
         if told["dtype"] not in DTYPES:
-            raise InputError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, found {told['dtype']}; convert it")
+            raise InputError(
+                f"{path}: {name}: expected one of {', '.join(DTYPES)}, found {told['dtype']}; convert it"
+            )
         where = {"dtype": DTYPES[told["dtype"]], "shape": tuple(told["shape"])}
         # An array without elements cannot be mapped.
         empty = 0 in where["shape"]
         offset = 8 + start + told["data_offsets"][0]
-        arrays[name] = np.empty(**where) if empty else np.memmap(path, mode="r", offset=offset, **where)
+        arrays[name] = (
+            np.empty(**where) if empty else np.memmap(path, mode="r", offset=offset, **where)
+        )
     return arrays, metadata
 
 
-# ----------------------------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def check(rated):
     """InputError unless shapes, types, names and values of `rated` are those of a prepared file (or of one shard)."""
     n, where = len(rated.groups), rated.path
     for part in rated.embeddings:
-        if part.ndim not in (2, 3) or (part.ndim == 3 and part.shape[1] != 2) or 0 in part.shape[1:]:
+        if (
+            part.ndim not in (2, 3)
+            or (part.ndim == 3 and part.shape[1] != 2)
+            or 0 in part.shape[1:]
+        ):
             raise InputError(
                 f"{where}: embeddings: expected (n, D) rated responses or (n, 2, D) pairs, found {part.shape}"
             )
     if rated.groups.ndim != 1 or rated.groups.dtype != np.int64:
-        raise InputError(f"{where}: groups: expected (n,) int64, found {rated.groups.shape} {rated.groups.dtype}")
+        raise InputError(
+            f"{where}: groups: expected (n,) int64, found {rated.groups.shape} {rated.groups.dtype}"
+        )
     if rated.shape[0] != n:
-        raise InputError(f"{where}: groups: expected ({rated.shape[0]},) as the embeddings, found ({n},)")
+        raise InputError(
+            f"{where}: groups: expected ({rated.shape[0]},) as the embeddings, found ({n},)"
+        )
     if n and rated.groups.min() < 0:
-        raise InputError(f"{where}: groups: expected numbers of at least 0, found {rated.groups.min()}; renumber them")
+        raise InputError(
+            f"{where}: groups: expected numbers of at least 0, found {rated.groups.min()}; renumber them"
+        )
     _check_rows(rated.embeddings, f"{where}: embeddings", rated.ids)
     if rated.prompt_embeddings is not None:
         shapes = [part.shape for part in rated.prompt_embeddings]
         if any(len(shape) != 2 for shape in shapes) or sum(shape[0] for shape in shapes) != n:
-            raise InputError(f"{where}: prompt_embeddings: expected ({n}, D), found {', '.join(map(str, shapes))}")
+            raise InputError(
+                f"{where}: prompt_embeddings: expected ({n}, D), found {', '.join(map(str, shapes))}"
+            )
         _check_rows(rated.prompt_embeddings, f"{where}: prompt_embeddings", rated.ids)
     _check_ids(rated.ids, where)
     for name, values in (("ids", rated.ids), ("subsets", rated.subsets)):
         if values is not None and len(values) != n:
-            raise InputError(f"{where}: {name}: expected {n}, one for each row, found {len(values)}; prepare it again")
+            raise InputError(
+                f"{where}: {name}: expected {n}, one for each row, found {len(values)}; prepare it again"
+            )
     _check_attributes(rated, where)
 
 
 def _check_ids(ids, where):
     if not all(isinstance(name, str) for name in ids):
-        raise InputError(f"{where}: ids: expected strings, found {next(i for i in ids if not isinstance(i, str))!r}")
+        raise InputError(
+            f"{where}: ids: expected strings, found {next(i for i in ids if not isinstance(i, str))!r}"
+        )
     if len(set(ids)) != len(ids):
         seen = set()
         twice = next(name for name in ids if name in seen or seen.add(name))
-        raise InputError(f"{where}: ids: expected {len(ids)} different ones, found {twice!r} twice; name rows apart")
+        raise InputError(
+            f"{where}: ids: expected {len(ids)} different ones, found {twice!r} twice; name rows apart"
+        )
 
 
 def _check_attributes(rated, where):
     names, labels = list(rated.attributes), rated.labels
-    if any(not isinstance(name, str) or not name.strip() for name in names) or len(set(names)) != len(names):
-        raise InputError(f"{where}: attributes: expected different names, none empty, found {names}; rename them")
+    if any(not isinstance(name, str) or not name.strip() for name in names) or len(
+        set(names)
+    ) != len(names):
+        raise InputError(
+            f"{where}: attributes: expected different names, none empty, found {names}; rename them"
+        )
     if labels is None:
         return
     expected = (len(rated.groups), len(names))
@@ -354,10 +416,15 @@ def _check_attributes(rated, where):
     bad = np.isinf(labels)
     kind = "finite numbers, or NaN where missing"
     if rated.is_pairs:
-        bad, kind = bad | (labels < 0) | (labels > 1), "probabilities in [0, 1] for pairs, or NaN where missing"
+        bad, kind = (
+            bad | (labels < 0) | (labels > 1),
+            "probabilities in [0, 1] for pairs, or NaN where missing",
+        )
     if bad.any():
         row, a = np.argwhere(bad)[0]
-        raise InputError(f"{where}: labels: expected {kind}, found {labels[row, a]} in row {row}, {names[a]}")
+        raise InputError(
+            f"{where}: labels: expected {kind}, found {labels[row, a]} in row {row}, {names[a]}"
+        )
 
 
 def _check_rows(parts, where, ids):
@@ -365,10 +432,16 @@ def _check_rows(parts, where, ids):
     first = 0
     for part in parts:
         if part.dtype not in (np.float16, np.float32):
-            raise InputError(f"{where}: expected float16 or float32, found {part.dtype}; convert them")
+            raise InputError(
+                f"{where}: expected float16 or float32, found {part.dtype}; convert them"
+            )
         step = _block_rows(part)
         for start in range(0, len(part), step):
-            finite = np.isfinite(part[start : start + step]).reshape(len(part[start : start + step]), -1).all(1)
+            finite = (
+                np.isfinite(part[start : start + step])
+                .reshape(len(part[start : start + step]), -1)
+                .all(1)
+            )
             if not finite.all():
                 row = first + start + int(np.argmin(finite))
                 name = f" ({ids[row]!r})" if row < len(ids) else ""
@@ -378,7 +451,7 @@ def _check_rows(parts, where, ids):
         first += len(part)
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write(path, rated):
@@ -392,21 +465,32 @@ def write(path, rated):
     }
     told = {name: getattr(rated, name) for name in METADATA}
     told["left_out"] = {"count": len(rated.left_out), "ids": list(rated.left_out)}
-    write_tensors(path, tensors, {name: json.dumps(value, sort_keys=True) for name, value in told.items()})
+    write_tensors(
+        path, tensors, {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
+    )
 
 
 def write_tensors(path, tensors, metadata):
     """Write {name: arrays that follow one another, or None} and {key: string} as a .safetensors file, atomically.
 
-    Streams, which safetensors' own writer does not; and orders the metadata, so that equal content is equal bytes.
+    Streams, which safetensors' own writer does not; and orders the metadata, so that equal content
+    is equal bytes.
     """
-    tensors = {name: [np.asanyarray(part) for part in parts] for name, parts in tensors.items() if parts is not None}
+    tensors = {
+        name: [np.asanyarray(part) for part in parts]
+        for name, parts in tensors.items()
+        if parts is not None
+    }
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
     for name, parts in tensors.items():
         shape = [sum(map(len, parts)), *parts[0].shape[1:]]
         begin, end = end, end + sum(part.nbytes for part in parts)
-        header[name] = {"dtype": names[parts[0].dtype], "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": names[parts[0].dtype],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > LONGEST_HEADER:

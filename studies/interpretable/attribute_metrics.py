@@ -1,8 +1,8 @@
 """Metrics of attribute scores: rows with missing labels, any number of them per prompt, intervals over prompts.
 
-metrics.py has those of (N, K) arrays, K responses to each prompt. Here a row belongs to a prompt by its group number,
-and a 95 % interval comes from drawing prompts with replacement, all rows of a prompt together. As in metrics.py an
-undefined number is null.
+metrics.py has those of (N, K) arrays, K responses to each prompt. Here a row belongs to a prompt by
+its group number, and a 95 % interval comes from drawing prompts with replacement, all rows of a
+prompt together. As in metrics.py an undefined number is null.
 """
 
 import numpy as np
@@ -17,8 +17,9 @@ CELLS = 1 << 22  # resampled weights that are held at once
 def of_ratings(predicted, labels, groups, constant, rng):
     """Errors and rank correlation of predicted ratings (m,) against labels (m,), NaN where missing.
 
-    constant: the rating that the baseline predicts throughout, the mean of the training labels. r2 is against the mean
-    of these labels. Returns {"n", "mse", "r2", "spearman", their "_ci95", "baseline": {"mse", "r2", ...}}.
+    constant: the rating that the baseline predicts throughout, the mean of the training labels. r2
+    is against the mean of these labels. Returns {"n", "mse", "r2", "spearman", their "_ci95",
+    "baseline": {"mse", "r2", ...}}.
     """
     known = ~np.isnan(labels)
     predicted, labels, groups = predicted[known], labels[known].astype(float), groups[known]
@@ -27,12 +28,23 @@ def of_ratings(predicted, labels, groups, constant, rng):
         found = {name: _entry(name.removeprefix("baseline "), np.nan, [np.nan]) for name in names}
     else:
         centred = labels - labels.mean()
-        columns = [np.ones(len(labels)), (predicted - labels) ** 2, (constant - labels) ** 2, centred, centred**2]
+        columns = [
+            np.ones(len(labels)),
+            (predicted - labels) ** 2,
+            (constant - labels) ** 2,
+            centred,
+            centred**2,
+        ]
 
         def table(sums):
             n, squared, constant_squared, total, squares = sums.T
             spread = squares - total**2 / n
-            return [squared / n, 1 - squared / spread, constant_squared / n, 1 - constant_squared / spread]
+            return [
+                squared / n,
+                1 - squared / spread,
+                constant_squared / n,
+                1 - constant_squared / spread,
+            ]
 
         found = _with_ci(names, columns, groups, table, rng)
     rho = spearman(predicted, labels, groups, rng)
@@ -43,8 +55,9 @@ def of_ratings(predicted, labels, groups, constant, rng):
 def of_preferences(logits, labels, groups, constant, rng):
     """Log loss and accuracy of logits (m,) that side 0 is preferred against labels (m,) in [0, 1], NaN where missing.
 
-    constant: the logit that the baseline gives throughout. Labels of 1/2 are left out of the accuracy, logits of 0
-    count one half. Returns {"n", "log_loss", "accuracy", their "_ci95", "baseline": {"log_loss", "accuracy", ...}}.
+    constant: the logit that the baseline gives throughout. Labels of 1/2 are left out of the
+    accuracy, logits of 0 count one half. Returns {"n", "log_loss", "accuracy", their "_ci95",
+    "baseline": {"log_loss", "accuracy", ...}}.
     """
     known = ~np.isnan(labels)
     logits, labels, groups = logits[known], labels[known].astype(float), groups[known]
@@ -75,7 +88,9 @@ def spearman(a, b, groups, rng):
     blocks = [_tie_blocks(x) for x in (a, b)]
     drawn = []
     for start in range(0, RANK_RESAMPLES, step):
-        weights = intervals.resample_weights(n_groups, rng, min(step, RANK_RESAMPLES - start))[:, group]
+        weights = intervals.resample_weights(n_groups, rng, min(step, RANK_RESAMPLES - start))[
+            :, group
+        ]
         x, y = (_weighted_ranks(weights, *block) for block in blocks)
         n = weights.sum(1, keepdims=True)
         x, y = (ranks - (weights * ranks).sum(1, keepdims=True) / n for ranks in (x, y))
@@ -83,7 +98,9 @@ def spearman(a, b, groups, rng):
             spread = np.sqrt((weights * x * x).sum(1) * (weights * y * y).sum(1))
             drawn.append((weights * x * y).sum(1) / spread)
     return _entry(
-        "spearman", ranking.global_spearman(np.asarray(a, float), np.asarray(b, float)), np.concatenate(drawn)
+        "spearman",
+        ranking.global_spearman(np.asarray(a, float), np.asarray(b, float)),
+        np.concatenate(drawn),
     )
 
 
@@ -109,7 +126,9 @@ def _with_ci(names, columns, groups, table, rng):
     step, drawn = max(1, CELLS // len(sums)), []
     with np.errstate(invalid="ignore", divide="ignore"):
         for start in range(0, intervals.RESAMPLES, step):
-            weights = intervals.resample_weights(len(sums), rng, min(step, intervals.RESAMPLES - start))
+            weights = intervals.resample_weights(
+                len(sums), rng, min(step, intervals.RESAMPLES - start)
+            )
             drawn.append(np.stack(table(weights @ sums), 1))
         whole = np.array(table(sums.sum(0)))
     drawn = np.concatenate(drawn)
@@ -119,5 +138,7 @@ def _with_ci(names, columns, groups, table, rng):
 def _entry(name, value, drawn):
     """{name: value, name_ci95: [low, high]} as JSON holds it."""
     drawn = np.asarray(drawn)[np.isfinite(drawn)]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) and np.isfinite(value) else (np.nan, np.nan)
+    low, high = (
+        np.percentile(drawn, [2.5, 97.5]) if len(drawn) and np.isfinite(value) else (np.nan, np.nan)
+    )
     return {name: null_if_nan(value), f"{name}_ci95": [null_if_nan(low), null_if_nan(high)]}

@@ -19,14 +19,15 @@ from studies.interpretable.attribute_data import Rated
 NAMES_FILE = "attributes.json"
 
 
-# ----------------------------------------------------------------------------------------------------------- arrays
+# ------------------------------------------------------------------------------------------- arrays
 
 
 def from_arrays(embeddings, labels, names, prompt_embeddings, source):
     """Rated responses, one block of N rows for each of the K responses, from the files named; see the module.
 
-    names: the .json with the A names; prompt_embeddings: None where there are none: prompts then count as different.
-    Row n of block k has the id "n-k". Nothing is copied: the arrays stay memory-mapped.
+    names: the .json with the A names; prompt_embeddings: None where there are none: prompts then
+    count as different. Row n of block k has the id "n-k". Nothing is copied: the arrays stay
+    memory-mapped.
     """
     rows, values = published.open_array(embeddings), published.open_array(labels)
     if rows.ndim != 3 or values.ndim not in (2, 3) or rows.shape[:2] != values.shape[:2]:
@@ -38,7 +39,9 @@ def from_arrays(embeddings, labels, names, prompt_embeddings, source):
     attributes = artifacts.read_json(names, "hand: a list of names")
     values = np.array(values, np.float32).reshape(n_responses * n, -1)
     if not isinstance(attributes, list) or len(attributes) != values.shape[1]:
-        raise InputError(f"{names}: expected {values.shape[1]} names, one for each label, found {attributes}")
+        raise InputError(
+            f"{names}: expected {values.shape[1]} names, one for each label, found {attributes}"
+        )
     prompts = None if prompt_embeddings is None else published.open_array(prompt_embeddings)
     if prompts is not None and (prompts.ndim != 2 or len(prompts) != n):
         raise InputError(
@@ -62,12 +65,20 @@ def from_npz(path, source):
     """Pairs from the .npz `path`; without prompt_embeddings, prompts count as different. Ids are the row numbers."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("embeddings", "prompt_embeddings", "subset")}
+            arrays = {
+                name: file[name]
+                for name in file.files
+                if name in ("embeddings", "prompt_embeddings", "subset")
+            }
             unused = [name for name in file.files if name not in arrays]
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: expected an .npz file of arrays, found: {error}; give another file") from None
+        raise InputError(
+            f"{path}: expected an .npz file of arrays, found: {error}; give another file"
+        ) from None
     if "embeddings" not in arrays:
-        raise InputError(f"{path}: expected an array named embeddings, found {', '.join(unused) or 'none'}")
+        raise InputError(
+            f"{path}: expected an array named embeddings, found {', '.join(unused) or 'none'}"
+        )
     if unused:
         print(f"prepare: {path}: not used: {', '.join(unused)}")
     prompts, n = arrays.get("prompt_embeddings"), len(arrays["embeddings"])
@@ -91,20 +102,25 @@ def groups_of(prompts, n, source):
     """(n,) int64: equal for equal prompt embeddings, in every file; all different where there are none."""
     if prompts is None:
         return attribute_data.groups_of([f"{artifacts.hash_of(source)} {i}" for i in range(n)])
-    return attribute_data.groups_of([(np.asarray(row, np.float32) + 0).tobytes().hex() for row in prompts])
+    return attribute_data.groups_of(
+        [(np.asarray(row, np.float32) + 0).tobytes().hex() for row in prompts]
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- selection
+# ---------------------------------------------------------------------------------------- selection
 
 
 def in_half(groups, half, share, seed):
     """(n,) bool: whether a row's prompt is in the "first" half, of about `share` of the prompts, or in the "second".
 
-    It depends on the prompt and the seed alone, so that two files of the same prompts are cut alike.
+    It depends on the prompt and the seed alone, so that two files of the same prompts are cut
+    alike.
     """
     cut = int(share * 2**64)
     salt = seeds.rng(seed, "halves of the prompts").bytes(16)
-    drawn = [hashlib.sha256(salt + int(group).to_bytes(8, "little")).digest()[:8] for group in groups]
+    drawn = [
+        hashlib.sha256(salt + int(group).to_bytes(8, "little")).digest()[:8] for group in groups
+    ]
     first = np.array([int.from_bytes(one, "little") < cut for one in drawn])
     return first if half == "first" else ~first
 
@@ -114,7 +130,9 @@ def take(rated, rows):
     return replace(
         rated,
         embeddings=[gather(rated.embeddings, rows)],
-        prompt_embeddings=None if rated.prompt_embeddings is None else [gather(rated.prompt_embeddings, rows)],
+        prompt_embeddings=None
+        if rated.prompt_embeddings is None
+        else [gather(rated.prompt_embeddings, rows)],
         groups=rated.groups[rows],
         ids=[rated.ids[i] for i in rows],
         labels=None if rated.labels is None else rated.labels[rows],
@@ -133,21 +151,24 @@ def choose(rated, attributes):
     return replace(rated, attributes=list(attributes), labels=rated.labels[:, columns])
 
 
-# -------------------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 def pairs_of(rated, attribute, concepts, min_gap, n_pairs, seed):
     """(pairs as Rated, counts): responses to one prompt, that with the higher label of `attribute` is the chosen one.
 
-    At most n_pairs of each prompt, drawn without replacement among those whose labels differ by more than min_gap.
-    concepts: names of further attributes, whose labels become 1 where the chosen response has more of it, 0 where less,
-    0.5 where as much, NaN where one is missing. counts: the prompts, those without a pair, and the possible pairs left
-    out because of their gap.
+    At most n_pairs of each prompt, drawn without replacement among those whose labels differ by
+    more than min_gap. concepts: names of further attributes, whose labels become 1 where the chosen
+    response has more of it, 0 where less, 0.5 where as much, NaN where one is missing. counts: the
+    prompts, those without a pair, and the possible pairs left out because of their gap.
     """
     label = rated.labels[:, rated.column(attribute)].astype(float)
     order = np.argsort(rated.groups, kind="stable")
     by_prompt = np.split(order, np.flatnonzero(np.diff(rated.groups[order])) + 1)
-    found, counts = [], {"prompts": len(by_prompt), "prompts_without_a_pair": 0, "pairs_of_too_small_a_gap": 0}
+    found, counts = (
+        [],
+        {"prompts": len(by_prompt), "prompts_without_a_pair": 0, "pairs_of_too_small_a_gap": 0},
+    )
     for rows in by_prompt:
         rows = rows[np.isfinite(label[rows])]
         first, second = (rows[side] for side in np.triu_indices(len(rows), 1))
@@ -168,7 +189,9 @@ def pairs_of(rated, attribute, concepts, min_gap, n_pairs, seed):
         )
     rows = np.concatenate(found)
     sides = np.stack([gather(rated.embeddings, side) for side in rows.T], 1)
-    prompts = None if rated.prompt_embeddings is None else [gather(rated.prompt_embeddings, rows[:, 0])]
+    prompts = (
+        None if rated.prompt_embeddings is None else [gather(rated.prompt_embeddings, rows[:, 0])]
+    )
     values = rated.labels[:, [rated.column(name) for name in concepts]]
     difference = values[rows[:, 0]] - values[rows[:, 1]]
     pairs = Rated(

@@ -26,9 +26,10 @@ NO_LABELS = ("messages", "prompt", "response", "chosen", "rejected", "id", "subs
 class Chats:
     """n conversations, or n pairs of conversations that share their prompt.
 
-    rows: all rows of the source, read when asked for; at: (n,) numbers of those that are meant; kind: "rated" or
-    "pairs"; ids: n strings; groups: (n,) int64 by prompt; labels: (n, A) float32 with NaN where missing, or None;
-    attributes: A names; subsets: n names or None; digest: sha256 of all that was read.
+    rows: all rows of the source, read when asked for; at: (n,) numbers of those that are meant;
+    kind: "rated" or "pairs"; ids: n strings; groups: (n,) int64 by prompt; labels: (n, A) float32
+    with NaN where missing, or None; attributes: A names; subsets: n names or None; digest: sha256
+    of all that was read.
     """
 
     rows: object
@@ -60,8 +61,9 @@ class Chats:
 def read(name, split="train", kind="auto", attributes=None):
     """Check every row of the data set `name` and return Chats.
 
-    kind: "rated", "pairs" or "auto", by the columns. attributes: names of the label columns; None: of rated rows every
-    column of numbers, of pairs none (labels of pairs are P(chosen is preferred)). InputError names the row.
+    kind: "rated", "pairs" or "auto", by the columns. attributes: names of the label columns; None:
+    of rated rows every column of numbers, of pairs none (labels of pairs are P(chosen is
+    preferred)). InputError names the row.
     """
     rows = open_rows(name, split)
     if not len(rows):
@@ -72,7 +74,13 @@ def read(name, split="train", kind="auto", attributes=None):
         row = rows[i]
         prompt, responses = split_row(row, kind, f"{name} row {i}")
         prompts.append(json.dumps(prompt))
-        told.append({key: value for key, value in row.items() if key in ("id", "subset") or is_number(value)})
+        told.append(
+            {
+                key: value
+                for key, value in row.items()
+                if key in ("id", "subset") or is_number(value)
+            }
+        )
         columns |= dict.fromkeys(key for key in row if key not in NO_LABELS)
         other |= {key for key, value in row.items() if value is not None and not is_number(value)}
         digest.update(json.dumps([prompt, responses]).encode())
@@ -95,7 +103,7 @@ def read(name, split="train", kind="auto", attributes=None):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 class JsonLines:
@@ -120,7 +128,9 @@ class JsonLines:
         except ValueError:
             row = None
         if not isinstance(row, dict):
-            raise InputError(f"{self.path} line {i + 1}: expected one JSON object, found {self.lines[i][:60]!r}")
+            raise InputError(
+                f"{self.path} line {i + 1}: expected one JSON object, found {self.lines[i][:60]!r}"
+            )
         return row
 
 
@@ -137,7 +147,9 @@ def open_rows(name, split):
         if not isinstance(found, datasets.DatasetDict):
             return found
         if split not in found:
-            raise InputError(f"{name}: expected a split named {split}, found {', '.join(found)}; give --dataset_split")
+            raise InputError(
+                f"{name}: expected a split named {split}, found {', '.join(found)}; give --dataset_split"
+            )
         return found[split]
     with loading.fetching(name, "a .jsonl file, a folder of save_to_disk or a data set on the hub"):
         return datasets.load_dataset(name, split=split)
@@ -145,7 +157,10 @@ def open_rows(name, split):
 
 def find_kind(row, name):
     """ "rated" or "pairs", by the columns of a row."""
-    holds = {"pairs": "chosen" in row and "rejected" in row, "rated": "messages" in row or "response" in row}
+    holds = {
+        "pairs": "chosen" in row and "rejected" in row,
+        "rated": "messages" in row or "response" in row,
+    }
     if sum(holds.values()) != 1:
         raise InputError(
             f"{name}: expected the column messages (or prompt and response), or chosen and rejected, found "
@@ -154,7 +169,7 @@ def find_kind(row, name):
     return max(holds, key=holds.get)
 
 
-# ----------------------------------------------------------------------------------------------------- one row's text
+# ----------------------------------------------------------------------------------- one row's text
 
 
 def split_row(row, kind, where):
@@ -162,7 +177,9 @@ def split_row(row, kind, where):
     whole = [conversation(row, name, where) for name in CONVERSATIONS[kind]]
     prompt = whole[0][:-1]
     if any(one[:-1] != prompt for one in whole):
-        raise InputError(f"{where}: expected chosen and rejected to differ in the last message alone, found another")
+        raise InputError(
+            f"{where}: expected chosen and rejected to differ in the last message alone, found another"
+        )
     return prompt, [one[-1] for one in whole]
 
 
@@ -171,13 +188,17 @@ def conversation(row, name, where):
     if name == "messages" and row.get(name) is None:
         name = "response"
     found = row.get(name)
-    found = messages([{"role": "assistant", "content": found}] if isinstance(found, str) else found, name, where)
+    found = messages(
+        [{"role": "assistant", "content": found}] if isinstance(found, str) else found, name, where
+    )
     if len(found) == 1 and found[0]["role"] == "assistant":
         prompt = row.get("prompt")
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         found = messages(prompt, "prompt", where) + found
     if found[-1]["role"] != "assistant":
-        raise InputError(f"{where}: expected the assistant's message last in {name}, found one of {found[-1]['role']}")
+        raise InputError(
+            f"{where}: expected the assistant's message last in {name}, found one of {found[-1]['role']}"
+        )
     return found
 
 
@@ -194,7 +215,7 @@ def messages(found, name, where):
     return made
 
 
-# ----------------------------------------------------------------------------------------------------------- columns
+# ------------------------------------------------------------------------------------------ columns
 
 
 def is_number(value):
@@ -209,8 +230,14 @@ def check_columns(name, rows, attributes, columns, other):
             f"{', '.join(columns) or 'none'}"
         )
     for key in other.intersection(attributes):
-        i = next(i for i in range(len(rows)) if rows[i].get(key) is not None and not is_number(rows[i][key]))
-        raise InputError(f"{name} row {i}: {key}: expected a number or null, found {str(rows[i][key])[:60]!r}")
+        i = next(
+            i
+            for i in range(len(rows))
+            if rows[i].get(key) is not None and not is_number(rows[i][key])
+        )
+        raise InputError(
+            f"{name} row {i}: {key}: expected a number or null, found {str(rows[i][key])[:60]!r}"
+        )
 
 
 def read_ids(told):
@@ -226,5 +253,7 @@ def read_subsets(told, name):
         return None
     for i, subset in enumerate(subsets):
         if not isinstance(subset, str):
-            raise InputError(f"{name} row {i}: expected the name of a subset, as in other rows, found {subset!r}")
+            raise InputError(
+                f"{name} row {i}: expected the name of a subset, as in other rows, found {subset!r}"
+            )
     return subsets

@@ -1,8 +1,9 @@
 """The two embeddings of a conversation: where the assistant's last turn begins, and where it ends.
 
-In a causal model the state of a token depends on nothing behind it, so one pass through the conversation gives both:
-the embedding of the prompt at the last token of the template's opening of the assistant's turn, and that of prompt and
-response at the last token of all (ArmoRM, arXiv 2406.12845, section 3).
+In a causal model the state of a token depends on nothing behind it, so one pass through the
+conversation gives both: the embedding of the prompt at the last token of the template's opening of
+the assistant's turn, and that of prompt and response at the last token of all (ArmoRM, arXiv
+2406.12845, section 3).
 """
 
 import json
@@ -19,17 +20,20 @@ from rewardlib.llm import encoding, loading
 from studies.interpretable import attribute_data
 from studies.interpretable.attribute_data import Rated
 
-PROMPT_POSITION = "last token of the prompt with the opening of the assistant's turn, by the chat template"
+PROMPT_POSITION = (
+    "last token of the prompt with the opening of the assistant's turn, by the chat template"
+)
 
 
-# ---------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 
 
 def encode(tokenizer, prompt, responses, where):
     """(token ids of the prompt with the opening of the assistant's turn, [ids of the conversation of each response]).
 
-    prompt: messages; responses: one message each. InputError naming `where` when the template refuses the messages, or
-    writes the prompt differently once a response follows: no token of the conversation then stands for the prompt.
+    prompt: messages; responses: one message each. InputError naming `where` when the template
+    refuses the messages, or writes the prompt differently once a response follows: no token of the
+    conversation then stands for the prompt.
     """
     opened = render(tokenizer, prompt, where, add_generation_prompt=True)
     whole = [render(tokenizer, [*prompt, response], where) for response in responses]
@@ -51,10 +55,14 @@ def load_tokenizer(name, chat_template, trust_remote_code):
     tokenizer = loading.load_tokenizer(name, trust_remote_code)
     if chat_template:
         if not chat_template.is_file():
-            raise InputError(f"--chat_template: expected a Jinja file, found none at {chat_template}")
+            raise InputError(
+                f"--chat_template: expected a Jinja file, found none at {chat_template}"
+            )
         tokenizer.chat_template = chat_template.read_text()
     if not tokenizer.chat_template:
-        raise InputError(f"{name}: expected a tokenizer with a chat template, found none; give --chat_template")
+        raise InputError(
+            f"{name}: expected a tokenizer with a chat template, found none; give --chat_template"
+        )
     return tokenizer
 
 
@@ -66,19 +74,22 @@ def render(tokenizer, messages, where, tokenize=True, add_generation_prompt=Fals
         )
     except Exception as error:  # a template raises what it likes
         roles = ", ".join(message["role"] for message in messages)
-        raise InputError(f"{where}: expected messages that the chat template takes, found {roles}: {error}") from error
+        raise InputError(
+            f"{where}: expected messages that the chat template takes, found {roles}: {error}"
+        ) from error
 
 
 def position(opened, whole):
     """The number of the last token of `opened` in `whole`, None where `whole` does not begin with it.
 
-    It does not where the first characters of a response and the last of the opening make one token, or where the
-    opening holds what the template leaves out of a finished turn, as that of a thought.
+    It does not where the first characters of a response and the last of the opening make one token,
+    or where the opening holds what the template leaves out of a finished turn, as that of a
+    thought.
     """
     return len(opened) - 1 if whole[: len(opened)] == opened else None
 
 
-# --------------------------------------------------------------------------------------------------------- embeddings
+# --------------------------------------------------------------------------------------- embeddings
 
 
 def states_at(model, rows, at, pad_id, batch_tokens, side="right", desc=None):
@@ -87,14 +98,20 @@ def states_at(model, rows, at, pad_id, batch_tokens, side="right", desc=None):
 
     lengths, at = [len(row) for row in rows], np.asarray(at)
     out = np.empty((len(rows), 2, model.config.get_text_config().hidden_size), np.float32)
-    with tqdm(total=sum(lengths), desc=desc, unit="token", unit_scale=True, disable=None if desc else True) as bar:
+    with tqdm(
+        total=sum(lengths), desc=desc, unit="token", unit_scale=True, disable=None if desc else True
+    ) as bar:
         for part in encoding.batches(lengths, batch_tokens):
-            ids, mask = (x.to(model.device) for x in encoding.pad([rows[i] for i in part], pad_id, side))
+            ids, mask = (
+                x.to(model.device) for x in encoding.pad([rows[i] for i in part], pad_id, side)
+            )
             with torch.inference_mode():
                 hidden = encoding.hidden_states(model, ids, mask)
                 column = mask.argmax(1) + torch.as_tensor(at[part], device=mask.device)
                 early = hidden[torch.arange(len(part), device=mask.device), column]
-                out[part] = torch.stack([early, encoding.pool(hidden, mask)], 1).float().cpu().numpy()
+                out[part] = (
+                    torch.stack([early, encoding.pool(hidden, mask)], 1).float().cpu().numpy()
+                )
             bar.update(sum(lengths[i] for i in part))
     return out
 
@@ -102,8 +119,9 @@ def states_at(model, rows, at, pad_id, batch_tokens, side="right", desc=None):
 def embed(model, tokenizer, pad_id, chats, *, max_length, batch_tokens, storage_dtype, desc=None):
     """(Rated of the conversations `chats`, how many of their prompts took a pass of their own).
 
-    Rows with a conversation of more than max_length tokens, or than the model has positions, are left out with their
-    labels. A prompt that has no `position` in a conversation is embedded by itself.
+    Rows with a conversation of more than max_length tokens, or than the model has positions, are
+    left out with their labels. A prompt that has no `position` in a conversation is embedded by
+    itself.
     """
     longest = min(max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
     kept, left_out, rows, at, from_prompt, from_responses = [], [], [], [], [], []
@@ -117,14 +135,18 @@ def embed(model, tokenizer, pad_id, chats, *, max_length, batch_tokens, storage_
         found = [position(opened, ids) for ids in whole]
         if all(one is None for one in found):
             whole, found = [*whole, opened], [*found, len(opened) - 1]
-        from_prompt.append(len(rows) + next(side for side, one in enumerate(found) if one is not None))
+        from_prompt.append(
+            len(rows) + next(side for side, one in enumerate(found) if one is not None)
+        )
         rows += whole
         at += [one or 0 for one in found]
     states = states_at(model, rows, at, pad_id, batch_tokens, desc=desc)
     with np.errstate(over="ignore"):
         states = states.astype(storage_dtype)
     if not np.isfinite(states).all():
-        raise InputError(f"{desc}: expected finite embeddings, found NaN or inf; use float32 for both dtypes")
+        raise InputError(
+            f"{desc}: expected finite embeddings, found NaN or inf; use float32 for both dtypes"
+        )
     n_sides = 2 if chats.kind == "pairs" else 1
     responses = states[np.array(from_responses, int).reshape(len(kept), n_sides), 1]
     chats = chats.take(np.array(kept, int))
@@ -141,7 +163,7 @@ def embed(model, tokenizer, pad_id, chats, *, max_length, batch_tokens, storage_
     return rated, len(rows) - n_sides * len(kept)
 
 
-# ------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 def shard_rows(n, idx, n_shards):
@@ -171,7 +193,9 @@ def is_shard(path, source):
 def check_disk(folder, chats, model, storage_dtype):
     """InputError where the shards, and the file that is made of them, would not fit."""
     vectors = len(chats.ids) * (3 if chats.kind == "pairs" else 2)
-    needed = 2 * vectors * model.config.get_text_config().hidden_size * np.dtype(storage_dtype).itemsize
+    needed = (
+        2 * vectors * model.config.get_text_config().hidden_size * np.dtype(storage_dtype).itemsize
+    )
     if needed > (free := shutil.disk_usage(folder).free):
         raise InputError(
             f"{folder}: expected {needed / 1e9:.1f} GB of free disk space, found {free / 1e9:.1f} GB; free some, or "
@@ -183,10 +207,14 @@ def join(output, paths, source):
     """Write `output` from its shards, in the order of their numbers, and remove them; InputError if one is missing."""
     there = [path for path in paths if path.exists()]
     if not there:
-        raise InputError(f"{paths[0]} is missing, and so are all other shards; make them with --shard_idx")
+        raise InputError(
+            f"{paths[0]} is missing, and so are all other shards; make them with --shard_idx"
+        )
     rated = attribute_data.merge(there)
     if rated.source != source:
-        raise InputError(f"{there[0]}: expected a shard of these data and settings, found another; make it again")
+        raise InputError(
+            f"{there[0]}: expected a shard of these data and settings, found another; make it again"
+        )
     if not rated.shape[0]:
         raise InputError(
             f"{output}: expected rows that are not longer than --max_length and the model's positions, found none "

@@ -1,8 +1,9 @@
 """Attribute rewards: a linear head per attribute on frozen embeddings, made uncorrelated with verbosity.
 
-Stage 1 of ArmoRM (Wang et al., "Interpretable Preferences via Multi-Objective Reward Modeling and Mixture-of-Experts",
-arXiv 2406.12845, section 3): multi-objective regression, then r_a - penalty_a * r_verbosity with a penalty that brings
-Spearman's rho with r_verbosity near 0. Heads come from ratings (ridge) or from preferences per concept (logistic).
+Stage 1 of ArmoRM (Wang et al., "Interpretable Preferences via Multi-Objective Reward Modeling and
+Mixture-of-Experts", arXiv 2406.12845, section 3): multi-objective regression, then r_a - penalty_a
+* r_verbosity with a penalty that brings Spearman's rho with r_verbosity near 0. Heads come from
+ratings (ridge) or from preferences per concept (logistic).
 """
 
 import json
@@ -19,7 +20,8 @@ from rewardlib.models import solvers
 from studies.interpretable import attribute_data
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(-4, 5))
-# The penalties that the authors' code tries in turn: RLHFlow/RLHF-Reward-Modeling, armo-rm/stage-2_train.py.
+# The penalties that the authors' code tries in turn: RLHFlow/RLHF-Reward-Modeling,
+# armo-rm/stage-2_train.py.
 PENALTY_GRID = (
     0.0, 0.01, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75,
     0.8, 0.85, 0.9, 0.95,
@@ -30,7 +32,7 @@ MADE_BY = "studies/interpretable_regression.py"
 GRAM_BYTES = 1 << 31  # of the Gram matrices that are summed in one pass
 
 
-# ------------------------------------------------------------------------------------------------------------ model
+# -------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def load(output_dir, data=None):
     return model
 
 
-# ------------------------------------------------------------------------------------------------------- regression
+# --------------------------------------------------------------------------------------- regression
 
 
 @dataclass(frozen=True)
@@ -134,20 +136,25 @@ class Fit:
 def fit_ridge(data, fit, held, strengths=STRENGTHS, intercept=False):
     """A ridge regression per attribute: min |y - X w|^2 + strength |w|^2. arXiv 2406.12845, section 3.
 
-    data: rated responses with labels; fit, held: row numbers that share no prompt. Rows without a label for an
-    attribute are left out of that attribute alone. The strength with the lowest squared error on `held` is chosen per
-    attribute, then both parts are fitted. Returns Fit, its losses being mean squared errors.
+    data: rated responses with labels; fit, held: row numbers that share no prompt. Rows without a
+    label for an attribute are left out of that attribute alone. The strength with the lowest
+    squared error on `held` is chosen per attribute, then both parts are fitted. Returns Fit, its
+    losses being mean squared errors.
 
-    Attributes that miss the same rows share one Gram matrix and one eigendecomposition, which gives all strengths: D x
-    D, or n x n where fewer than D rows are labelled. All is float64: in float32 the rounding errors of a Gram matrix
-    exceed the small strengths. Gram matrices are summed in blocks of rows, as many in one pass as GRAM_BYTES holds.
+    Attributes that miss the same rows share one Gram matrix and one eigendecomposition, which gives
+    all strengths: D x D, or n x n where fewer than D rows are labelled. All is float64: in float32
+    the rounding errors of a Gram matrix exceed the small strengths. Gram matrices are summed in
+    blocks of rows, as many in one pass as GRAM_BYTES holds.
 
-    The paper fits no intercept; embeddings without a near-constant direction need one, fitted without penalty.
+    The paper fits no intercept; embeddings without a near-constant direction need one, fitted
+    without penalty.
     """
     rows, labels, is_fit = _labelled(data, fit, held)
     strengths, found = np.asarray(strengths, float), _empty(data, len(strengths))
     for at, sums, basis in _parts(data, rows, labels, is_fit):
-        weights, found.offsets[at], found.strengths[at], found.losses[:, at] = _ridge(*sums, strengths, intercept)
+        weights, found.offsets[at], found.strengths[at], found.losses[:, at] = _ridge(
+            *sums, strengths, intercept
+        )
         found.heads[at] = (weights if basis is None else basis @ weights).T
     return found
 
@@ -155,9 +162,10 @@ def fit_ridge(data, fit, held, strengths=STRENGTHS, intercept=False):
 def fit_pairwise(data, fit, held, strengths=STRENGTHS):
     """A logistic regression on score differences per concept: P(side 0 is preferred) = sigmoid(w (x_0 - x_1)).
 
-    data: pairs with labels in [0, 1]. Minimises the summed log loss + strength / 2 |w|^2, as scikit-learn's
-    LogisticRegression does with C = 1 / strength; see linear.py. Strengths are chosen by log loss; else as fit_ridge,
-    but that the embeddings of the pairs labelled for a concept are held in memory, as float32.
+    data: pairs with labels in [0, 1]. Minimises the summed log loss + strength / 2 |w|^2, as
+    scikit-learn's LogisticRegression does with C = 1 / strength; see linear.py. Strengths are
+    chosen by log loss; else as fit_ridge, but that the embeddings of the pairs labelled for a
+    concept are held in memory, as float32.
     """
     rows, labels, is_fit = _labelled(data, fit, held)
     strengths, found = np.asarray(strengths, float), _empty(data, len(strengths))
@@ -196,7 +204,9 @@ class _Moments:
 
     @classmethod
     def zeros(cls, d, a):
-        return cls(np.zeros((d, d), order="F"), np.zeros((d, a)), np.zeros(a), np.zeros(d), np.zeros(a))
+        return cls(
+            np.zeros((d, d), order="F"), np.zeros((d, a)), np.zeros(a), np.zeros(d), np.zeros(a)
+        )
 
     def add(self, x, y):
         if len(x):
@@ -209,7 +219,9 @@ class _Moments:
             self.n += len(x)
 
     def __add__(self, other):
-        return _Moments(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return _Moments(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
+        )
 
     def means(self):
         return self.x / self.n, self.y / self.n
@@ -256,7 +268,8 @@ def _parts(data, rows, labels, is_fit):
     for attributes, known in patterns:
         if known.sum() < n_dims:
             x = np.concatenate([x for _, x in _features(data, rows[known])])
-            # x = coordinates @ basis.T: in its row space the same problem has n instead of D dimensions.
+            # x = coordinates @ basis.T: in its row space the same problem has n instead of D
+            # dimensions.
             basis, triangle = scipy.linalg.qr(x.T, mode="economic", check_finite=False)
             x = np.ascontiguousarray(triangle.T)
             y, sides = labels[known][:, attributes], is_fit[known]
@@ -279,7 +292,9 @@ def _features(data, rows):
 
 def _sum(blocks, labels, is_fit, patterns, n_dims):
     """[[_Moments of the fit rows, of the held rows]] of each pattern, in one pass over `blocks`."""
-    sums = [[_Moments.zeros(n_dims, len(attributes)) for _ in range(2)] for attributes, _ in patterns]
+    sums = [
+        [_Moments.zeros(n_dims, len(attributes)) for _ in range(2)] for attributes, _ in patterns
+    ]
     for part, x in blocks:
         for (attributes, known), sides in zip(patterns, sums, strict=True):
             for moments, side in zip(sides, (is_fit[part], ~is_fit[part]), strict=True):
@@ -303,13 +318,19 @@ def _ridge(fit, held, strengths, intercept):
     values, vectors = _eigh(fit.gram)
     shrunk = (vectors.T @ fit.cross)[:, None] / np.add.outer(values, strengths)[:, :, None]
     weights = (vectors @ shrunk.reshape(len(values), -1)).reshape(shrunk.shape)  # (D, S, a)
-    fitted = blas.dsymm(1.0, held.gram, weights.reshape(len(values), -1), lower=1).reshape(weights.shape)
-    losses = np.einsum("dsa,dsa->sa", weights, fitted) - 2 * np.einsum("dsa,da->sa", weights, held.cross)
+    fitted = blas.dsymm(1.0, held.gram, weights.reshape(len(values), -1), lower=1).reshape(
+        weights.shape
+    )
+    losses = np.einsum("dsa,dsa->sa", weights, fitted) - 2 * np.einsum(
+        "dsa,da->sa", weights, held.cross
+    )
     losses = (losses + held.squares) / held.n
     chosen = strengths[np.argmin(losses, 0)]
     heads = np.empty_like(train.cross)
     for strength in np.unique(chosen):
-        heads[:, chosen == strength] = _solve(train.gram, train.cross[:, chosen == strength], strength)
+        heads[:, chosen == strength] = _solve(
+            train.gram, train.cross[:, chosen == strength], strength
+        )
     return heads, y - x @ heads, chosen, losses
 
 
@@ -319,13 +340,15 @@ def _solve(gram, cross, strength):
     system[np.diag_indices_from(system)] += strength
     try:
         factor = scipy.linalg.cho_factor(system, lower=True, overwrite_a=True, check_finite=False)
-    except scipy.linalg.LinAlgError:  # a strength below the rounding errors of a singular Gram matrix
+    except (
+        scipy.linalg.LinAlgError
+    ):  # a strength below the rounding errors of a singular Gram matrix
         values, vectors = _eigh(gram)
         return vectors @ ((vectors.T @ cross) / (values + strength)[:, None])
     return scipy.linalg.cho_solve(factor, cross, check_finite=False)
 
 
-# -------------------------------------------------------------------------------------------------------- debiasing
+# ---------------------------------------------------------------------------------------- debiasing
 
 
 @dataclass(frozen=True)
@@ -337,21 +360,27 @@ class Penalties:
     unreached: list
 
 
-def find_penalties(raw, attributes, verbosity, threshold=THRESHOLD, search="root", allow_unreached=False):
+def find_penalties(
+    raw, attributes, verbosity, threshold=THRESHOLD, search="root", allow_unreached=False
+):
     """Penalties with |Spearman(r_a - penalty_a r_verbosity, r_verbosity)| <= threshold. arXiv 2406.12845, section 3.
 
-    raw: (m, A) scores of the reference rows; verbosity: one of the A attributes, whose penalty is 0. Attributes that
-    do not reach the threshold are an InputError that names them, unless allow_unreached: then they get the penalty
-    that came nearest. Returns Penalties.
+    raw: (m, A) scores of the reference rows; verbosity: one of the A attributes, whose penalty is
+    0. Attributes that do not reach the threshold are an InputError that names them, unless
+    allow_unreached: then they get the penalty that came nearest. Returns Penalties.
     """
     v = list(attributes).index(verbosity)
     if np.ptp(raw[:, v]) == 0:
-        raise InputError(f"{verbosity}: expected scores that differ between reference rows, found one; add data")
+        raise InputError(
+            f"{verbosity}: expected scores that differ between reference rows, found one; add data"
+        )
     found = [
         (0.0, True, []) if a == v else find_penalty(raw[:, a], raw[:, v], threshold, search)
         for a in range(len(attributes))
     ]
-    unreached = [name for name, (_, reached, _) in zip(attributes, found, strict=True) if not reached]
+    unreached = [
+        name for name, (_, reached, _) in zip(attributes, found, strict=True) if not reached
+    ]
     if unreached and not allow_unreached:
         raise InputError(
             f"{', '.join(unreached)}: expected a penalty that brings |rho| with {verbosity} to {threshold:g} on the "
@@ -363,9 +392,10 @@ def find_penalties(raw, attributes, verbosity, threshold=THRESHOLD, search="root
 def find_penalty(r, v, threshold, search="root"):
     """(penalty, reached, tried) for scores r and verbosity v, (m,): |Spearman(r - penalty v, v)| <= threshold.
 
-    search "root": the zero of rho, of either sign, to a millionth; a penalty that barely reached the threshold here
-    would miss it on every second set of other prompts. "grid": the first of PENALTY_GRID that reaches it, as the
-    authors' code. Where none does, the one that comes nearest. tried: [(penalty, rho)].
+    search "root": the zero of rho, of either sign, to a millionth; a penalty that barely reached
+    the threshold here would miss it on every second set of other prompts. "grid": the first of
+    PENALTY_GRID that reaches it, as the authors' code. Where none does, the one that comes nearest.
+    tried: [(penalty, rho)].
     """
     if np.ptp(r) == 0:
         return 0.0, True, []  # a constant correlates with nothing
@@ -381,7 +411,9 @@ def find_penalty(r, v, threshold, search="root"):
                 break
     else:
         _bisect(rho, np.std(r) / np.std(v))
-    distance = {penalty: abs(value) if np.isfinite(value) else np.inf for penalty, value in tried.items()}
+    distance = {
+        penalty: abs(value) if np.isfinite(value) else np.inf for penalty, value in tried.items()
+    }
     penalty = min(tried, key=lambda penalty: (distance[penalty], abs(penalty)))
     return penalty, distance[penalty] <= threshold, sorted(tried.items())
 
@@ -389,8 +421,8 @@ def find_penalty(r, v, threshold, search="root"):
 def _bisect(rho, scale):
     """Try penalties around the zero of rho; scale: where to begin.
 
-    rho falls, in steps, as the penalty rises: each swap of neighbours in the order of r - penalty v puts the one with
-    the larger v lower.
+    rho falls, in steps, as the penalty rises: each swap of neighbours in the order of r - penalty v
+    puts the one with the larger v lower.
     """
     sign = np.sign(rho(0.0))
     low, high = 0.0, float(scale)

@@ -27,7 +27,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*split_*")}
 
 
-# --------------------------------------------------------------------------------------------------------------- case
+# --------------------------------------------------------------------------------------------- case
 
 
 def test_the_case_is_the_same_under_one_seed(folder, tmp_path):
@@ -72,7 +72,7 @@ def test_train_and_test_prompts_can_be_made_apart(folder, tmp_path):
     assert len(train) == len(fresh) == 6 and train | fresh == whole
 
 
-# ---------------------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------------------------------- reference
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +89,25 @@ def run_reference(steps=reference.STEPS, **flags):
 
 
 def test_the_reference_finishes(folder, reference_run):
-    names = {"member_0.ckpt", "member_1.ckpt", "eval.json", "student.ckpt", "map.joblib", "validation.json"}
+    names = {
+        "member_0.ckpt",
+        "member_1.ckpt",
+        "eval.json",
+        "student.ckpt",
+        "map.joblib",
+        "validation.json",
+    }
     assert {path.name for path in reference_run.iterdir()} == names
     evaluated = json.loads((reference_run / "eval.json").read_text())
     assert list(evaluated) == ["mean", "min", "0", "1"]
     assert all(len(row) == 5 and np.isfinite(row).all() for row in evaluated.values())
     validated = json.loads((reference_run / "validation.json").read_text())
-    assert list(validated) == ["member_0 raw", "member_0 isotonic", "student raw", "student isotonic"]
+    assert list(validated) == [
+        "member_0 raw",
+        "member_0 isotonic",
+        "student raw",
+        "student isotonic",
+    ]
     assert all(np.isfinite(row).all() for row in validated.values())
 
 
@@ -114,7 +126,13 @@ def test_the_reference_learns(tmp_path):
         np.save(tmp_path / f"EMBD-TRAIN-split_{k}.npy", rows[k])
         lines = [json.dumps({"reward": float(row[0])}) for row in rows[k]]
         (tmp_path / f"rewards_split_{k}.json").write_text("\n".join(lines) + "\n")
-    flags = {"data_dir": tmp_path, "output_dir": tmp_path, "members": 1, "n_pairs": 300, "epochs": 10}
+    flags = {
+        "data_dir": tmp_path,
+        "output_dir": tmp_path,
+        "members": 1,
+        "n_pairs": 300,
+        "epochs": 10,
+    }
     run_reference(steps=("step5", "step6"), **flags)
     assert json.loads((tmp_path / "eval.json").read_text())["mean"][0] > 0.8
 
@@ -139,7 +157,7 @@ def test_our_steps_finish_on_the_case(folder, tmp_path):
     assert np.isfinite(results["test"]["Student"]["spearman"])
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def output(module, *argv):
@@ -151,8 +169,28 @@ def output(module, *argv):
 
 @pytest.mark.parametrize("with_test", [[], ["--with_test"]], ids=["train", "with_test"])
 def test_the_pipeline_benchmark_measures_both_sides(tmp_path, with_test):
-    sizes = ["--repeats", 1, "--n_prompts", 60, "--dim", 32, "--n_test_prompts", 20, "--n_members", 2, "--n_pairs", 40]
-    few = [*sizes, "--reference_epochs", 2, "--variant", "small=--hidden 16 8 --precision fp32", *with_test]
+    sizes = [
+        "--repeats",
+        1,
+        "--n_prompts",
+        60,
+        "--dim",
+        32,
+        "--n_test_prompts",
+        20,
+        "--n_members",
+        2,
+        "--n_pairs",
+        40,
+    ]
+    few = [
+        *sizes,
+        "--reference_epochs",
+        2,
+        "--variant",
+        "small=--hidden 16 8 --precision fp32",
+        *with_test,
+    ]
     text = output(cpu_pipeline, *few, "--output", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["reference"]["medians"]) == set(cpu_pipeline.STEPS)
@@ -173,7 +211,9 @@ def test_the_ridge_benchmark_measures_both_sides_and_they_agree(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())["found"]
     assert [row["patterns"] for row in found] == [1, 2] and "ratio_wall" in text
     for row in found:
-        assert row["largest_difference"] < 1e-4 and row["ratio_wall"] > 0 and row["ours_peak_gb"] > 0
+        assert (
+            row["largest_difference"] < 1e-4 and row["ratio_wall"] > 0 and row["ours_peak_gb"] > 0
+        )
 
 
 def test_the_roofline_tells_rates_and_shares(tmp_path):

@@ -28,7 +28,9 @@ def call(monkeypatch, *argv):
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in CHANGING}
+    return {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.name not in CHANGING
+    }
 
 
 @pytest.fixture
@@ -50,16 +52,26 @@ def steps(monkeypatch):
     return types.SimpleNamespace(calls=calls, fail=fail)
 
 
-# ------------------------------------------------------------------------------------------------------------ results
+# ------------------------------------------------------------------------------------------ results
 
 
-def test_the_results_are_those_of_the_scripts_called_one_by_one(data, finished, tmp_path, monkeypatch):
+def test_the_results_are_those_of_the_scripts_called_one_by_one(
+    data, finished, tmp_path, monkeypatch
+):
     together, alone = tmp_path / "together", tmp_path / "alone"
     flags = [*SMALL, "--data_dir", str(data)]
     assert call(monkeypatch, 5, 8, *flags, "--output_dir", together, "--", *STUDENT) == 0
     for number, name in STEPS.items():
         more = STUDENT if number >= 7 else []
-        command = [sys.executable, str(ROOT / f"{name}.py"), *flags, "--output_dir", str(alone), "--num_threads", "1"]
+        command = [
+            sys.executable,
+            str(ROOT / f"{name}.py"),
+            *flags,
+            "--output_dir",
+            str(alone),
+            "--num_threads",
+            "1",
+        ]
         subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL)
     first, second = contents(together), contents(alone)
     assert set(first) == set(second) == set(contents(finished))
@@ -67,7 +79,9 @@ def test_the_results_are_those_of_the_scripts_called_one_by_one(data, finished, 
     assert (together / "report.html").exists()
 
 
-def test_finished_steps_are_skipped_in_one_process_too(data, finished, tmp_path, monkeypatch, capsys):
+def test_finished_steps_are_skipped_in_one_process_too(
+    data, finished, tmp_path, monkeypatch, capsys
+):
     out = shutil.copytree(finished, tmp_path / "out")
     flags = [*SMALL, "--data_dir", data, "--output_dir", out, "--report", 0, "--", *STUDENT]
     assert call(monkeypatch, 5, 8, *flags) == 0
@@ -75,7 +89,7 @@ def test_finished_steps_are_skipped_in_one_process_too(data, finished, tmp_path,
     assert contents(out) == contents(finished)
 
 
-# --------------------------------------------------------------------------------------------------------------- logs
+# --------------------------------------------------------------------------------------------- logs
 
 
 def test_logs_hold_what_was_printed(data, tmp_path, monkeypatch, capsys):
@@ -92,7 +106,9 @@ def test_logs_hold_what_was_printed(data, tmp_path, monkeypatch, capsys):
 def test_logs_hold_both_streams_and_are_those_of_the_last_run(steps, tmp_path, monkeypatch, capsys):
     for _ in range(2):
         assert call(monkeypatch, 5, 5, "--output_dir", tmp_path) == 0
-        assert (tmp_path / "logs" / "step5.log").read_text() == "step5_train_rms works\nstep5_train_rms warns\n"
+        assert (
+            tmp_path / "logs" / "step5.log"
+        ).read_text() == "step5_train_rms works\nstep5_train_rms warns\n"
     out, error = capsys.readouterr()
     assert out.count("step5_train_rms works\n") == 2 and error == "step5_train_rms warns\n" * 2
 
@@ -109,20 +125,30 @@ def test_progress_bars_are_shown_and_not_logged():
         for i in tqdm(range(3), desc="members", disable=None, file=tee, leave=leave, mininterval=0):
             tee.write(f"line {i}\n")
     assert "members" in terminal.getvalue() and tee.isatty()
-    assert [line for line in log.getvalue().splitlines() if line] == [f"line {i}" for i in range(3)] * 2
+    assert [line for line in log.getvalue().splitlines() if line] == [
+        f"line {i}" for i in range(3)
+    ] * 2
 
 
-# ----------------------------------------------------------------------------------------------------------- failures
+# ----------------------------------------------------------------------------------------- failures
 
 
-def test_bad_input_ends_the_run_with_status_2_and_the_last_lines(data, tmp_path, monkeypatch, capsys):
+def test_bad_input_ends_the_run_with_status_2_and_the_last_lines(
+    data, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "out"
-    assert call(monkeypatch, 5, 8, *SMALL, "--n_sample", 1000, "--data_dir", data, "--output_dir", out) == 2
+    assert (
+        call(monkeypatch, 5, 8, *SMALL, "--n_sample", 1000, "--data_dir", data, "--output_dir", out)
+        == 2
+    )
     printed, error = capsys.readouterr()
     assert "==> step6" not in printed
     told = [line for line in error.splitlines() if "expected 4 to 48" in line]
     assert [line.strip().startswith("step5: n_sample") for line in told] == [True, True]
-    assert error.startswith("step5: n_sample") and "\nrun_all.sh: step5 failed after 0 s; its last lines:\n" in error
+    assert (
+        error.startswith("step5: n_sample")
+        and "\nrun_all.sh: step5 failed after 0 s; its last lines:\n" in error
+    )
     assert f"the whole log: {out}/logs/step5.log\nthe same command goes on from here" in error
     assert "expected 4 to 48" in (out / "logs" / "step5.log").read_text()
 
@@ -137,7 +163,9 @@ def test_bad_input_ends_the_run_with_status_2_and_the_last_lines(data, tmp_path,
     ],
     ids=["input", "defect", "interrupt", "memory"],
 )
-def test_a_failing_step_is_the_last_one(steps, tmp_path, monkeypatch, capsys, error, status, message):
+def test_a_failing_step_is_the_last_one(
+    steps, tmp_path, monkeypatch, capsys, error, status, message
+):
     steps.fail["step7_isotonic_distillation"] = error
     assert call(monkeypatch, 5, 8, "--output_dir", tmp_path) == status
     assert [module for module, _ in steps.calls] == [STEPS[number] for number in (5, 6, 7)]
@@ -170,12 +198,26 @@ def test_an_output_folder_that_is_a_file_is_refused(steps, tmp_path, monkeypatch
     assert capsys.readouterr().err.startswith("run_all.sh: ") and steps.calls == []
 
 
-# -------------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 def test_flags_after_the_dashes_are_those_of_steps_7_and_8(steps, tmp_path, monkeypatch):
     flags = ["--hidden", "256", "64", "--consider_first_n", "-1", "--n_sample=20"]
-    assert call(monkeypatch, 5, 8, *flags, "--output_dir", tmp_path, "--", *STUDENT, "--isotonic", "plain") == 0
+    assert (
+        call(
+            monkeypatch,
+            5,
+            8,
+            *flags,
+            "--output_dir",
+            tmp_path,
+            "--",
+            *STUDENT,
+            "--isotonic",
+            "plain",
+        )
+        == 0
+    )
     common, student = [*flags, "--output_dir", str(tmp_path)], [*STUDENT, "--isotonic", "plain"]
     assert steps.calls == [
         (STEPS[5], common),
@@ -197,9 +239,13 @@ def test_flags_after_the_dashes_are_those_of_steps_7_and_8(steps, tmp_path, monk
     ],
     ids=str,
 )
-def test_the_steps_asked_for_and_a_report_after_the_last(steps, tmp_path, monkeypatch, argv, expected):
+def test_the_steps_asked_for_and_a_report_after_the_last(
+    steps, tmp_path, monkeypatch, argv, expected
+):
     assert call(monkeypatch, *argv, "--output_dir", tmp_path) == 0
-    names = {module: number for number, module in STEPS.items()} | {"rewardlib.cli.report": "report"}
+    names = {module: number for number, module in STEPS.items()} | {
+        "rewardlib.cli.report": "report"
+    }
     assert [names[module] for module, _ in steps.calls] == expected
 
 

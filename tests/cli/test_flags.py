@@ -45,7 +45,7 @@ def ran(monkeypatch, capsys, error=None, argv=()):
     return status, *capsys.readouterr()
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_a_script_that_ends_well_says_nothing_more(monkeypatch, capsys):
@@ -89,7 +89,9 @@ console.run(main, "step5")
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes
+    ) as process:
         assert process.stdout.readline() == b"first\n"
         process.stdout.close()
         process.stdin.close()
@@ -97,11 +99,14 @@ console.run(main, "step5")
     assert process.returncode == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- parsing
+# ------------------------------------------------------------------------------------------ parsing
 
 
 def test_numbers_have_one_value_however_they_are_spelt():
-    first, second = parse("--learning_rate", "1e-3", "--annotation_quality", "10"), parse("--annotation_quality=1e1")
+    first, second = (
+        parse("--learning_rate", "1e-3", "--annotation_quality", "10"),
+        parse("--annotation_quality=1e1"),
+    )
     assert flags.run_settings(first) == flags.run_settings(second)
     assert type(first.annotation_quality) is float
 
@@ -111,7 +116,9 @@ def test_values_that_look_like_flags():
     assert (args.consider_first_n, args.annotation_quality, args.n_sample) == (-1, -1.0, None)
 
 
-@pytest.mark.parametrize(("text", "value"), [("1", True), ("TRUE", True), ("yes", True), ("0", False), ("no", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", True), ("TRUE", True), ("yes", True), ("0", False), ("no", False)]
+)
 def test_switches(text, value):
     assert parse("--replacement", text).replacement is value
 
@@ -153,7 +160,9 @@ def test_two_ways_to_change_the_rewards_are_one_too_many():
 
 def test_no_ranking_term_is_a_weight_of_0():
     assert MODULES[7].parse_args(["--ranking_lambda", "0"]).ranking_lambda == 0
-    with pytest.raises(InputError, match="ranking_lambda: expected a number of at least 0, found '-0.5'"):
+    with pytest.raises(
+        InputError, match="ranking_lambda: expected a number of at least 0, found '-0.5'"
+    ):
         MODULES[7].parse_args(["--ranking_lambda", "-0.5"])
 
 
@@ -168,7 +177,7 @@ def test_fewer_than_twenty_responses_teach_nothing():
         MODULES[7].parse_args(["--distill_responses", "19"])
 
 
-# -------------------------------------------------------------------------------------------------------- one interface
+# ------------------------------------------------------------------------------------ one interface
 
 
 @pytest.mark.parametrize("number", STEPS)
@@ -176,7 +185,11 @@ def test_every_step_names_a_run_in_the_same_way(number):
     """A seed of 6 here and 0 there, or a number clamped here only, ends in 'checkpoint not found'."""
     defaults = MODULES[number].parse_args([])
     assert flags.run_settings(defaults) == flags.run_settings(parse())
-    assert (defaults.data_dir, defaults.output_dir, defaults.debug) == ("data", "distill_out", False)
+    assert (defaults.data_dir, defaults.output_dir, defaults.debug) == (
+        "data",
+        "distill_out",
+        False,
+    )
 
 
 def test_step_8_names_a_student_as_step_7_does():
@@ -187,7 +200,14 @@ def test_step_8_names_a_student_as_step_7_does():
 def test_every_flag_that_changes_results_is_part_of_what_a_run_is_called():
     args = vars(MODULES[7].parse_args([]))
     named = {*flags.RUN_FLAGS, *flags.DISTILLATION_FLAGS}
-    assert set(args) - named == {"debug", "data_dir", "output_dir", "teacher_ckpt", "num_threads", "precision"}
+    assert set(args) - named == {
+        "debug",
+        "data_dir",
+        "output_dir",
+        "teacher_ckpt",
+        "num_threads",
+        "precision",
+    }
     assert flags.run_settings(argparse.Namespace(**args)).keys() == {*flags.RUN_FLAGS, "precision"}
 
 
@@ -228,10 +248,12 @@ def test_help_holds_the_docstring_and_every_flag_with_its_default(number, capsys
     flags = dict(re.findall(r"^  --(\w+)\b(.*?)(?=^  -|\Z)", text, re.MULTILINE | re.DOTALL))
     for name, value in vars(MODULES[number].parse_args([])).items():
         said = " ".join(flags[name].split())
-        assert len(said) > 20 and (name in ("debug", "teacher_ckpt") or f"(default: {value})" in said), name
+        assert len(said) > 20 and (
+            name in ("debug", "teacher_ckpt") or f"(default: {value})" in said
+        ), name
 
 
-# ------------------------------------------------------------------------------------------------------------- printing
+# ----------------------------------------------------------------------------------------- printing
 
 
 def test_a_metric_with_its_interval():

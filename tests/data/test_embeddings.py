@@ -22,7 +22,9 @@ N, D = 4, 2
 
 def values(k, n=N, d=D):
     """(k, n, d) embeddings 100 k + 10 n + d, so that each value tells its place."""
-    return np.add.outer(np.add.outer(100.0 * np.arange(k), 10 * np.arange(n)), np.arange(d)).astype(np.float32)
+    return np.add.outer(np.add.outer(100.0 * np.arange(k), 10 * np.arange(n)), np.arange(d)).astype(
+        np.float32
+    )
 
 
 def write_lines(path, lines):
@@ -36,7 +38,8 @@ def write(folder, k=3, split="train", arrays=None, **more):
         embedding_file, reward_file = embeddings.file_names(split, i)
         np.save(folder / embedding_file, array)
         records = [
-            {"reward": i + n / 10, **{key: column[n] for key, column in more.items()}} for n in range(len(array))
+            {"reward": i + n / 10, **{key: column[n] for key, column in more.items()}}
+            for n in range(len(array))
         ]
         write_lines(folder / reward_file, map(json.dumps, records))
     return folder
@@ -45,14 +48,21 @@ def write(folder, k=3, split="train", arrays=None, **more):
 def write_manifest(folder):
     """The manifest that a writer of this data leaves, last."""
     files = {path.name: artifacts.describe_file(path) for path in sorted(folder.glob("*split_*"))}
-    artifacts.write_json(folder / "manifest.json", {"producer": "generate_demo_data.py", "files": files})
+    artifacts.write_json(
+        folder / "manifest.json", {"producer": "generate_demo_data.py", "files": files}
+    )
     return folder
 
 
 def made(arrays, **more):
     """Responses in memory."""
     n = len(arrays[0])
-    fields = {"rewards": np.zeros((n, len(arrays))), "lengths": None, "groups": np.arange(n), "digests": {}}
+    fields = {
+        "rewards": np.zeros((n, len(arrays))),
+        "lengths": None,
+        "groups": np.arange(n),
+        "digests": {},
+    }
     return embeddings.Responses(list(arrays), **{**fields, **more})
 
 
@@ -66,7 +76,7 @@ def forbid(monkeypatch, *names):
         monkeypatch.setattr(artifacts, "sha256", reads)
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def test_every_value_in_its_place(tmp_path):
@@ -88,7 +98,12 @@ def test_split_10_comes_after_split_9(tmp_path):
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
     write(tmp_path)
-    for name in ("EMBD-TRAIN-split_7.npy.tmp", "EMBD-TRAIN-split_x.npy", "old_rewards_split_9.json", "notes.txt"):
+    for name in (
+        "EMBD-TRAIN-split_7.npy.tmp",
+        "EMBD-TRAIN-split_x.npy",
+        "old_rewards_split_9.json",
+        "notes.txt",
+    ):
         (tmp_path / name).write_text("?")
     assert embeddings.load(tmp_path).shape == (N, 3, D)
 
@@ -101,7 +116,9 @@ def test_types_and_orders(tmp_path, dtype, order):
     rows = data.take([0, 3, 1], [1, 0, 1])
     assert rows.dtype == np.float32
     np.testing.assert_array_equal(rows, values(2)[[1, 0, 1], [0, 3, 1]])
-    assert data.digests["EMBD-TRAIN-split_1.npy"] == artifacts.sha256(tmp_path / "EMBD-TRAIN-split_1.npy")
+    assert data.digests["EMBD-TRAIN-split_1.npy"] == artifacts.sha256(
+        tmp_path / "EMBD-TRAIN-split_1.npy"
+    )
 
 
 def test_train_and_test_are_told_apart(tmp_path):
@@ -114,7 +131,9 @@ def test_train_and_test_are_told_apart(tmp_path):
 
 
 def test_lengths_are_of_the_response_else_the_given_ones(tmp_path):
-    data = embeddings.load(write(tmp_path / "a", k=2, response=["", "ab", "é", "abc"], length=[9, 9, 9, 9]))
+    data = embeddings.load(
+        write(tmp_path / "a", k=2, response=["", "ab", "é", "abc"], length=[9, 9, 9, 9])
+    )
     assert data.lengths.tolist() == [[0, 0], [2, 2], [1, 1], [3, 3]]
     write(tmp_path / "b", k=2, length=[5, 6, 7, 8])
     write_lines(tmp_path / "b" / "rewards_split_1.json", ['{"reward": 1, "length": 9}'] * N)
@@ -123,7 +142,10 @@ def test_lengths_are_of_the_response_else_the_given_ones(tmp_path):
 
 def test_lengths_are_unknown_when_one_response_has_none(tmp_path):
     write(tmp_path, k=2, response=["a", "b", "c", "d"])
-    write_lines(tmp_path / "rewards_split_1.json", ['{"reward": 1, "response": "a"}'] * 3 + ['{"reward": 1}'])
+    write_lines(
+        tmp_path / "rewards_split_1.json",
+        ['{"reward": 1, "response": "a"}'] * 3 + ['{"reward": 1}'],
+    )
     assert embeddings.load(tmp_path).lengths is None
 
 
@@ -160,7 +182,13 @@ def test_windows_line_ends_and_a_missing_last_one(tmp_path):
 
 @pytest.mark.parametrize(
     "more",
-    ['"score": NaN', '"score": -Infinity', '"query": "\\ud800"', f'"count": 1{"0" * 30}', '"score": 1e400'],
+    [
+        '"score": NaN',
+        '"score": -Infinity',
+        '"query": "\\ud800"',
+        f'"count": 1{"0" * 30}',
+        '"score": 1e400',
+    ],
     ids=["NaN", "infinity", "lone surrogate", "31 digits", "1e400"],
 )
 def test_json_of_a_wider_kind_is_accepted_beside_the_reward(tmp_path, more):
@@ -169,7 +197,9 @@ def test_json_of_a_wider_kind_is_accepted_beside_the_reward(tmp_path, more):
     lines = [f'{{"reward": {n}.5, {more}}}' for n in range(N)]
     for name in ("rewards_split_0.json", "rewards_split_1.json"):
         write_lines(tmp_path / name, lines)
-        data = embeddings.load(tmp_path) if "query" not in more or name.endswith("_1.json") else None
+        data = (
+            embeddings.load(tmp_path) if "query" not in more or name.endswith("_1.json") else None
+        )
     assert data.rewards.tolist() == [[n + 0.5] * 2 for n in range(N)]
 
 
@@ -189,7 +219,7 @@ def test_whole_numbers_above_64_bits_stay_apart(tmp_path, key):
     assert groups[0] == groups[2] and len(set(groups)) == 3
 
 
-# --------------------------------------------------------------------------------------------------------- take, read
+# --------------------------------------------------------------------------------------- take, read
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.data())
@@ -210,7 +240,9 @@ def test_take_is_fancy_indexing(n, k, d, data):
 def test_read_gives_every_row_once_in_blocks_of_bounded_size(n, k, block_bytes, data):
     """Any places in any order, some of them twice: file by file, rows ascending."""
     arrays = values(k, n)
-    places = data.draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, k - 1)), max_size=30))
+    places = data.draw(
+        st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, k - 1)), max_size=30)
+    )
     prompts, responses = np.array(places, int).reshape(-1, 2).T
     seen, order = np.full((len(places), D), np.nan), []
     with pytest.MonkeyPatch.context() as patch:
@@ -229,7 +261,9 @@ def test_read_gives_every_row_once_in_blocks_of_bounded_size(n, k, block_bytes, 
 def test_gather_fills_a_tensor_with_what_read_gives(tmp_path, monkeypatch, dtype, order):
     arrays = [np.asarray(array, dtype, order=order) for array in values(3, n=50)]
     data = embeddings.load(write(tmp_path, arrays=arrays))
-    prompts, responses = np.random.default_rng(0).permutation(np.stack(np.divmod(np.arange(150), 3)), axis=1)
+    prompts, responses = np.random.default_rng(0).permutation(
+        np.stack(np.divmod(np.arange(150), 3)), axis=1
+    )
     expected = values(3, n=50)[responses, prompts]
     for block_bytes in (1, 7 * 8 * D, 1 << 20):
         monkeypatch.setattr(embeddings, "READ_BYTES", block_bytes)
@@ -242,13 +276,15 @@ def test_gather_fills_a_tensor_with_what_read_gives(tmp_path, monkeypatch, dtype
             assert torch.equal(rows, torch.from_numpy(expected).to(kind))
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("name", ["EMBD-TRAIN-split_1.npy", "rewards_split_1.json"])
 def test_a_missing_split_in_the_middle_is_named(tmp_path, name):
     (write(tmp_path, k=4) / name).unlink()
-    with pytest.raises(InputError, match=rf"{name} is missing: found splits 0-3, expected every one of 0-3"):
+    with pytest.raises(
+        InputError, match=rf"{name} is missing: found splits 0-3, expected every one of 0-3"
+    ):
         embeddings.load(tmp_path)
 
 
@@ -257,12 +293,17 @@ def test_missing_splits_are_told_by_those_found(tmp_path):
     for k in (1, 2):
         for name in embeddings.file_names("train", k):
             (tmp_path / name).unlink()
-    with pytest.raises(InputError, match=r"EMBD-TRAIN-split_1\.npy is missing: found splits 0, 3-4, expected .* 0-4"):
+    with pytest.raises(
+        InputError,
+        match=r"EMBD-TRAIN-split_1\.npy is missing: found splits 0, 3-4, expected .* 0-4",
+    ):
         embeddings.load(tmp_path)
 
 
 def test_no_data_and_no_folder(tmp_path):
-    with pytest.raises(InputError, match=r"expected EMBD-TRAIN-split_0\.npy and so on, found none; make them with"):
+    with pytest.raises(
+        InputError, match=r"expected EMBD-TRAIN-split_0\.npy and so on, found none; make them with"
+    ):
         embeddings.load(tmp_path)
     with pytest.raises(InputError, match="found no such folder"):
         embeddings.load(tmp_path / "nowhere")
@@ -282,14 +323,18 @@ def test_a_truncated_file(tmp_path, kept):
     path = write(tmp_path) / "EMBD-TRAIN-split_1.npy"
     assert path.stat().st_size == 160
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(InputError, match=rf"split_1\.npy: expected a whole \.npy file .* found {kept} bytes"):
+    with pytest.raises(
+        InputError, match=rf"split_1\.npy: expected a whole \.npy file .* found {kept} bytes"
+    ):
         embeddings.load(tmp_path)
 
 
 def test_bytes_after_the_end(tmp_path):
     path = write(tmp_path) / "EMBD-TRAIN-split_1.npy"
     path.write_bytes(path.read_bytes() + b"more")
-    with pytest.raises(InputError, match=r"split_1\.npy: expected 160 bytes by its header, found 164"):
+    with pytest.raises(
+        InputError, match=r"split_1\.npy: expected 160 bytes by its header, found 164"
+    ):
         embeddings.load(tmp_path)
 
 
@@ -323,7 +368,9 @@ def test_a_value_that_is_not_finite_is_found_with_file_and_row(tmp_path, bad, or
     arrays = values(2, n=11)
     arrays[1, 7, 1] = bad
     write(tmp_path, arrays=[np.asarray(array, order=order) for array in arrays])
-    with pytest.raises(InputError, match=rf"split_1\.npy: expected finite numbers, found {bad} in row 7"):
+    with pytest.raises(
+        InputError, match=rf"split_1\.npy: expected finite numbers, found {bad} in row 7"
+    ):
         embeddings.load(tmp_path)
 
 
@@ -341,11 +388,24 @@ def test_a_value_that_is_not_finite_is_found_with_file_and_row(tmp_path, bad, or
         ('{"reward": [1]}', r"line 3: expected a finite reward, found \[1\]"),
         (f'{{"reward": 1{"0" * 400}}}', "line 3: expected"),
     ],
-    ids=["quotes", "empty", "no reward", "no object", "NaN", "infinity", "text", "null", "list", "400 digits"],
+    ids=[
+        "quotes",
+        "empty",
+        "no reward",
+        "no object",
+        "NaN",
+        "infinity",
+        "text",
+        "null",
+        "list",
+        "400 digits",
+    ],
 )
 def test_a_bad_reward_line_is_named(tmp_path, line, message):
     write(tmp_path)
-    write_lines(tmp_path / "rewards_split_1.json", ['{"reward": 1}', '{"reward": 2}', line, '{"reward": 4}'])
+    write_lines(
+        tmp_path / "rewards_split_1.json", ['{"reward": 1}', '{"reward": 2}', line, '{"reward": 4}']
+    )
     with pytest.raises(InputError, match=rf"rewards_split_1\.json {message}"):
         embeddings.load(tmp_path)
 
@@ -353,7 +413,9 @@ def test_a_bad_reward_line_is_named(tmp_path, line, message):
 @pytest.mark.parametrize("count", [0, N - 1, N + 1])
 def test_reward_lines_too_few_or_too_many(tmp_path, count):
     write_lines(write(tmp_path) / "rewards_split_2.json", ['{"reward": 1}'] * count)
-    with pytest.raises(InputError, match=rf"rewards_split_2\.json: expected 4 lines, .* found {count}"):
+    with pytest.raises(
+        InputError, match=rf"rewards_split_2\.json: expected 4 lines, .* found {count}"
+    ):
         embeddings.load(tmp_path)
 
 
@@ -364,7 +426,8 @@ def test_rewards_that_are_not_utf_8(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"reward": 1}\n'.encode("utf-16") * N, b'{"reward": 1, "id": "\xed\xa0\x80"}\n' * N]
+    "content",
+    ['{"reward": 1}\n'.encode("utf-16") * N, b'{"reward": 1, "id": "\xed\xa0\x80"}\n' * N],
 )
 def test_rewards_in_encodings_that_pythons_json_takes_for_utf_8(tmp_path, content):
     (write(tmp_path) / "rewards_split_0.json").write_bytes(content)
@@ -377,14 +440,18 @@ def test_splits_that_list_other_prompts(tmp_path, key):
     write(tmp_path, **{key: ["a", "b", "c", "d"]})
     lines = [json.dumps({"reward": 1, key: value}) for value in "abdc"]
     write_lines(tmp_path / "rewards_split_2.json", lines)
-    message = rf"rewards_split_2\.json line 3: expected {key} 'c' as in rewards_split_0\.json, found 'd'"
+    message = (
+        rf"rewards_split_2\.json line 3: expected {key} 'c' as in rewards_split_0\.json, found 'd'"
+    )
     with pytest.raises(InputError, match=message):
         embeddings.load(tmp_path)
 
 
 def test_unfinished_data(tmp_path):
     (write(tmp_path) / ".unfinished").write_text("convert_embeddings.py")
-    with pytest.raises(InputError, match=r"its data are unfinished; run convert_embeddings\.py again"):
+    with pytest.raises(
+        InputError, match=r"its data are unfinished; run convert_embeddings\.py again"
+    ):
         embeddings.load(tmp_path)
 
 
@@ -392,17 +459,21 @@ def test_unfinished_data(tmp_path):
 def test_one_response_a_prompt_cannot_be_ranked(tmp_path, split):
     write(tmp_path, k=1 if split == "train" else 2)
     write(tmp_path, k=1 if split == "test" else 2, split="test")
-    with pytest.raises(InputError, match=f"expected at least 2 {split} responses per prompt, found 1"):
+    with pytest.raises(
+        InputError, match=f"expected at least 2 {split} responses per prompt, found 1"
+    ):
         embeddings.load_pair(tmp_path)
 
 
 def test_train_and_test_of_different_dimension(tmp_path):
     write(write(tmp_path), split="test", arrays=values(2, d=D + 1))
-    with pytest.raises(InputError, match=r"EMBD-TEST-split_0\.npy: expected 2 dimensions .* found 3"):
+    with pytest.raises(
+        InputError, match=r"EMBD-TEST-split_0\.npy: expected 2 dimensions .* found 3"
+    ):
         embeddings.load_pair(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------- manifest, remembering
+# ---------------------------------------------------------------------------- manifest, remembering
 
 
 def test_data_with_a_manifest_are_trusted_without_reading_them(tmp_path, monkeypatch):
@@ -420,7 +491,9 @@ def test_bytes_that_changed_after_the_manifest(tmp_path, name):
     path.write_bytes(bytes(content))
     later = (tmp_path / "manifest.json").stat().st_mtime_ns + 1
     os.utime(path, ns=(later, later))
-    with pytest.raises(InputError, match=rf"{name}: expected sha256 \w+ as .*manifest\.json says, found \w+"):
+    with pytest.raises(
+        InputError, match=rf"{name}: expected sha256 \w+ as .*manifest\.json says, found \w+"
+    ):
         embeddings.load(tmp_path)
 
 
@@ -434,7 +507,10 @@ def test_a_size_that_the_manifest_does_not_know(tmp_path, name):
     else:
         write_lines(path, [json.dumps({"reward": n, "more": "text"}) for n in range(N)])
     os.utime(path, ns=(0, 0))
-    with pytest.raises(InputError, match=rf"{name}: expected {size} bytes as .*manifest\.json says, found \d+ bytes"):
+    with pytest.raises(
+        InputError,
+        match=rf"{name}: expected {size} bytes as .*manifest\.json says, found \d+ bytes",
+    ):
         embeddings.load(tmp_path)
 
 
@@ -476,11 +552,14 @@ def test_the_digest_found_on_the_way_is_that_of_the_file(tmp_path, monkeypatch):
     assert embeddings.inspect(path, embeddings.open_npy(path)) == artifacts.sha256(path)
 
 
-# ------------------------------------------------------------------------------------------------------- kept rewards
+# ------------------------------------------------------------------------------------- kept rewards
 
 
 def same_rewards(a, b):
-    equal = [np.array_equal(getattr(a, name), getattr(b, name)) for name in ("rewards", "lengths", "groups")]
+    equal = [
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in ("rewards", "lengths", "groups")
+    ]
     types = [getattr(a, name).dtype == getattr(b, name).dtype for name in ("rewards", "groups")]
     return all(equal) and all(types)
 
@@ -500,7 +579,9 @@ def parsed(monkeypatch):
 REWARD_FILES = [f"rewards_split_{k}.json" for k in range(3)]
 
 
-@pytest.mark.parametrize("more", [{}, {"response": ["a", "", "b", "c"], "query": ["x", "y", "x", "z"]}])
+@pytest.mark.parametrize(
+    "more", [{}, {"response": ["a", "", "b", "c"], "query": ["x", "y", "x", "z"]}]
+)
 def test_rewards_are_parsed_once_for_all_that_read_them(tmp_path, monkeypatch, more):
     names = parsed(monkeypatch)
     first = embeddings.load(write(tmp_path, **more))
@@ -516,7 +597,10 @@ def test_train_and_test_rewards_are_kept_apart(tmp_path, monkeypatch):
     first, names = embeddings.load_pair(tmp_path), parsed(monkeypatch)
     second = embeddings.load_pair(tmp_path)
     assert names == [] and all(same_rewards(*pair) for pair in zip(first, second, strict=True))
-    assert {path.name for path in tmp_path.glob(".*")} == {".rewards_train.npz", ".rewards_test.npz"}
+    assert {path.name for path in tmp_path.glob(".*")} == {
+        ".rewards_train.npz",
+        ".rewards_test.npz",
+    }
 
 
 def test_a_changed_reward_file_is_parsed_again(tmp_path, monkeypatch):
@@ -555,7 +639,9 @@ def test_damaged_kept_rewards_are_made_again(tmp_path):
     path = tmp_path / ".rewards_train.npz"
     whole = path.read_bytes()
     contents = [b"", b"text", whole[:100], whole[:-1], whole[1:], whole + b"more"]
-    contents += [whole[:i] + bytes([whole[i] ^ 0x41]) + whole[i + 1 :] for i in range(0, len(whole), 5)]
+    contents += [
+        whole[:i] + bytes([whole[i] ^ 0x41]) + whole[i + 1 :] for i in range(0, len(whole), 5)
+    ]
     for content in contents:
         path.write_bytes(content)
         assert same_rewards(embeddings.load(tmp_path), data)
@@ -595,8 +681,28 @@ def test_kept_rewards_are_no_data_to_those_that_write_data(tmp_path):
     for split, n in (("train", 20), ("test", 5)):
         np.save(source / f"EMBD_poems_tiny_bard_{split}.npy", rng.standard_normal((3, n, 8)))
         np.save(source / f"REWARD_poems_judge_bard_{split}.npy", rng.standard_normal((3, n)))
-    names = ["--task", "poetry", "--dataset", "poems", "--embed_model", "tiny", "--gen_model", "bard"]
-    sizes = ["--n_prompts", "20", "--n_splits", "2", "--n_test_prompts", "5", "--n_test_splits", "2", "--emb_dim", "16"]
+    names = [
+        "--task",
+        "poetry",
+        "--dataset",
+        "poems",
+        "--embed_model",
+        "tiny",
+        "--gen_model",
+        "bard",
+    ]
+    sizes = [
+        "--n_prompts",
+        "20",
+        "--n_splits",
+        "2",
+        "--n_test_prompts",
+        "5",
+        "--n_test_splits",
+        "2",
+        "--emb_dim",
+        "16",
+    ]
 
     def convert():
         convert_embeddings.main(["--embd_dir", str(source), *names, "--output_dir", str(folder)])

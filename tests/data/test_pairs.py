@@ -19,16 +19,25 @@ def rng(seed=0):
 
 
 def built(rewards, folds=None, **changed):
-    options = {"pairing": "xprompt", "consider_first_n": 2, "n_pairs": 3, "quality": -1.0, "scale": 1.0, "rng": rng()}
+    options = {
+        "pairing": "xprompt",
+        "consider_first_n": 2,
+        "n_pairs": 3,
+        "quality": -1.0,
+        "scale": 1.0,
+        "rng": rng(),
+    }
     folds = np.zeros(len(rewards), int) if folds is None else folds
     return pairs.build(rewards, folds, **{**options, **changed})
 
 
-# ------------------------------------------------------------------------------------------------------- annotator
+# ---------------------------------------------------------------------------------------- annotator
 
 
 @pytest.mark.parametrize(
-    ("beta_s_squared", "quality"), [(1, 0.6749), (2, 0.7251), (4, 0.7781), (10, 0.8428)], ids=["1", "2", "4", "10"]
+    ("beta_s_squared", "quality"),
+    [(1, 0.6749), (2, 0.7251), (4, 0.7781), (10, 0.8428)],
+    ids=["1", "2", "4", "10"],
 )
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_annotation_quality_is_the_published_one(beta_s_squared, quality, scale):
@@ -37,10 +46,14 @@ def test_annotation_quality_is_the_published_one(beta_s_squared, quality, scale)
     density = np.exp(-z * z / 2)
     beta, s = 2.0, np.sqrt(beta_s_squared) / 2.0
     _, probability = pairs.annotate(z * s * scale, beta, scale, rng())
-    assert np.trapezoid(probability * density) / np.trapezoid(density) == pytest.approx(quality, abs=1.5e-4)
+    assert np.trapezoid(probability * density) / np.trapezoid(density) == pytest.approx(
+        quality, abs=1.5e-4
+    )
 
 
-@pytest.mark.parametrize(("quality", "error"), [(0.5, 0.369), (1, 0.275), (3, 0.122), (5, 0.076), (10, 0.039)], ids=str)
+@pytest.mark.parametrize(
+    ("quality", "error"), [(0.5, 0.369), (1, 0.275), (3, 0.122), (5, 0.076), (10, 0.039)], ids=str
+)
 def test_label_error_on_standard_normal_rewards(quality, error):
     rewards = rng(1).standard_normal((2, 200_000))
     difference = rewards[0] - rewards[1]
@@ -52,9 +65,13 @@ def test_label_error_on_standard_normal_rewards(quality, error):
 def test_probabilities_are_of_side_0_and_turn_with_the_sides():
     difference = np.array([2.0, -2, 0, 1e4, -1e4])
     labels, probability = pairs.annotate(difference, 3.0, 2.0, rng())
-    np.testing.assert_allclose(probability, [1 / (1 + np.exp(-3)), 1 / (1 + np.exp(3)), 0.5, 1, 0], atol=1e-15)
+    np.testing.assert_allclose(
+        probability, [1 / (1 + np.exp(-3)), 1 / (1 + np.exp(3)), 0.5, 1, 0], atol=1e-15
+    )
     assert labels[3:].tolist() == [1, 0]
-    np.testing.assert_allclose(pairs.annotate(-difference, 3.0, 2.0, rng())[1], 1 - probability, atol=1e-15)
+    np.testing.assert_allclose(
+        pairs.annotate(-difference, 3.0, 2.0, rng())[1], 1 - probability, atol=1e-15
+    )
 
 
 def test_quality_0_is_a_coin_and_below_0_the_golden_order():
@@ -66,7 +83,7 @@ def test_quality_0_is_a_coin_and_below_0_the_golden_order():
     np.testing.assert_array_equal(probability, labels)
 
 
-# ------------------------------------------------------------------------------------------------------- candidates
+# --------------------------------------------------------------------------------------- candidates
 
 
 def test_ranks_come_from_the_rewards_not_from_the_file_order():
@@ -92,7 +109,7 @@ def test_diverse_and_similar_are_two_responses_whatever_k(k):
     assert (np.diff(ranks) == 1).all() and np.abs(ranks.mean(1) - (k - 1) / 2).max() <= 0.5
 
 
-# ---------------------------------------------------------------------------------------------- variance of the rewards
+# -------------------------------------------------------------------------- variance of the rewards
 
 
 def test_the_share_between_prompts_by_hand():
@@ -109,11 +126,13 @@ def test_the_share_between_prompts_lies_between_0_and_1():
 
 
 def test_the_share_between_prompts_is_that_of_the_population():
-    rewards = np.sqrt(0.3) * rng().standard_normal((8000, 1)) + np.sqrt(0.7) * rng(1).standard_normal((8000, 4))
+    rewards = np.sqrt(0.3) * rng().standard_normal((8000, 1)) + np.sqrt(0.7) * rng(
+        1
+    ).standard_normal((8000, 4))
     assert pairs.between_prompt_share(rewards) == pytest.approx(0.3, abs=0.02)
 
 
-# ------------------------------------------------------------------------------------------------------- same prompt
+# -------------------------------------------------------------------------------------- same prompt
 
 
 @given(st.integers(1, 5), st.integers(2, 6), st.data())
@@ -143,7 +162,9 @@ def test_same_prompt_pairs_are_drawn_evenly():
     np.testing.assert_allclose(counts, 2000, atol=150)
 
 
-@pytest.mark.parametrize(("consider_first_n", "most", "size"), [(2, 45, 10), (-1, 1, 2), (-2, 1, 2)])
+@pytest.mark.parametrize(
+    ("consider_first_n", "most", "size"), [(2, 45, 10), (-1, 1, 2), (-2, 1, 2)]
+)
 def test_too_many_same_prompt_pairs_are_refused_with_the_maximum(consider_first_n, most, size):
     rewards = rng().standard_normal((5, 10))
     options = {"pairing": "sameprompt", "consider_first_n": consider_first_n}
@@ -153,12 +174,14 @@ def test_too_many_same_prompt_pairs_are_refused_with_the_maximum(consider_first_
         built(rewards, n_pairs=most + 1, **options)
 
 
-# ------------------------------------------------------------------------------------------------------ cross prompt
+# ------------------------------------------------------------------------------------- cross prompt
 
 
 @given(st.lists(st.integers(2, 7), min_size=1, max_size=3), st.integers(1, 12), st.integers(0, 99))
 @settings(deadline=None)
-def test_cross_prompt_pairs_join_different_prompts_of_one_fold_each_once_a_side(sizes, n_pairs, seed):
+def test_cross_prompt_pairs_join_different_prompts_of_one_fold_each_once_a_side(
+    sizes, n_pairs, seed
+):
     """The pool is so large that no pair comes twice by chance."""
     folds = rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
     pool = np.tile(7 + np.arange(10_000), (len(folds), 1))
@@ -206,7 +229,7 @@ def test_a_prompt_alone_in_its_fold_is_refused():
         built(rng().standard_normal((3, 4)), np.array([0, 1, 1]))
 
 
-# ------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 @pytest.mark.parametrize("pairing", ["xprompt", "sameprompt"])
@@ -235,7 +258,9 @@ def test_sides_are_random_where_the_pool_is_sorted_by_reward(pairing):
 def test_diverse_pairs_differ_more_than_random_and_similar_ones(pairing):
     rewards = rng().standard_normal((300, 10))
     gaps = [
-        np.abs(built(rewards, pairing=pairing, consider_first_n=first, n_pairs=1).reward_diff).mean()
+        np.abs(
+            built(rewards, pairing=pairing, consider_first_n=first, n_pairs=1).reward_diff
+        ).mean()
         for first in (-2, 2, -1)
     ]
     assert gaps == sorted(gaps) and gaps[2] > 1.5 * gaps[1]
@@ -243,12 +268,17 @@ def test_diverse_pairs_differ_more_than_random_and_similar_ones(pairing):
 
 def test_same_prompt_rows_hold_no_pair_twice_nor_its_mirror():
     made = built(rng().standard_normal((20, 5)), pairing="sameprompt", n_pairs=10)
-    rows = [(p, frozenset(pair)) for (p, _), pair in zip(made.prompts.tolist(), made.responses.tolist(), strict=True)]
+    rows = [
+        (p, frozenset(pair))
+        for (p, _), pair in zip(made.prompts.tolist(), made.responses.tolist(), strict=True)
+    ]
     assert len(set(rows)) == len(rows) == 200
 
 
 def test_the_label_error_counts_labels_against_the_golden_order():
-    made = pairs.Pairs(None, None, np.array([1.0, 0, 1, 0]), None, np.array([2.0, -1, -3, -1]), None, 0)
+    made = pairs.Pairs(
+        None, None, np.array([1.0, 0, 1, 0]), None, np.array([2.0, -1, -3, -1]), None, 0
+    )
     assert made.label_error == 0.25
     noisy = built(rng().standard_normal((3000, 4)), quality=1.0, n_pairs=2)
     assert noisy.label_error == pytest.approx(0.275, abs=0.02)
@@ -266,12 +296,16 @@ def test_equal_rewards_are_left_out_and_counted():
     made = built(np.tile([0.0, 0, 1], (7, 1)), pairing="sameprompt", n_pairs=3)
     assert made.n_equal == 7 and len(made.labels) == 14
     assert np.abs(made.reward_diff).tolist() == [1] * 14
-    assert len(made.prompts) == len(made.responses) == len(made.probability) == len(made.folds) == 14
+    assert (
+        len(made.prompts) == len(made.responses) == len(made.probability) == len(made.folds) == 14
+    )
 
 
 @pytest.mark.parametrize("pairing", ["xprompt", "sameprompt"])
 def test_one_reward_everywhere_is_refused(pairing):
-    with pytest.raises(InputError, match="expected pairs that differ, found 12 pairs of equal reward"):
+    with pytest.raises(
+        InputError, match="expected pairs that differ, found 12 pairs of equal reward"
+    ):
         built(np.full((4, 3), 0.1), pairing=pairing)
 
 

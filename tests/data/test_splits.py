@@ -19,7 +19,8 @@ def rng(seed=0):
 
 
 @pytest.mark.parametrize(
-    ("n", "sizes"), [(10, [6, 2, 2]), (12, [7, 3, 2]), (100, [60, 20, 20]), (4099, [2459, 820, 820])]
+    ("n", "sizes"),
+    [(10, [6, 2, 2]), (12, [7, 3, 2]), (100, [60, 20, 20]), (4099, [2459, 820, 820])],
 )
 def test_sizes(n, sizes):
     split = splits.split_prompts(np.arange(n), 6)
@@ -62,7 +63,9 @@ def test_every_prompt_is_held_out_under_some_seed_and_not_under_others():
 
 @pytest.mark.parametrize("n", [0, 9])
 def test_too_few_prompts_are_refused(n):
-    with pytest.raises(InputError, match=f"expected at least 10 prompts to split 60 / 20 / 20, found {n}"):
+    with pytest.raises(
+        InputError, match=f"expected at least 10 prompts to split 60 / 20 / 20, found {n}"
+    ):
         splits.split_prompts(np.arange(n), 6)
 
 
@@ -71,7 +74,7 @@ def test_two_distinct_prompts_cannot_make_three_parts():
         splits.split_prompts(np.arange(20) % 2, 6)
 
 
-# ------------------------------------------------------------------------------------------------------------- folds
+# -------------------------------------------------------------------------------------------- folds
 
 
 @given(st.integers(2, 60), st.integers(2, 6), st.integers(0, 99))
@@ -98,7 +101,7 @@ def test_folds_are_dealt_at_random():
     assert (a != other).any() and (np.diff(a) != 1).any()
 
 
-# --------------------------------------------------------------------------------------------------------- save, load
+# --------------------------------------------------------------------------------------- save, load
 
 
 def test_a_saved_split_comes_back(tmp_path):
@@ -115,7 +118,9 @@ def test_a_saved_split_comes_back(tmp_path):
 @pytest.mark.parametrize("n", [22, 24])
 def test_the_split_of_other_data_is_refused(tmp_path, n):
     splits.save(tmp_path, splits.split_prompts(np.arange(23), 6), 6)
-    with pytest.raises(InputError, match=f"expected each of {n} prompts once, found another data set; run step 5"):
+    with pytest.raises(
+        InputError, match=f"expected each of {n} prompts once, found another data set; run step 5"
+    ):
         splits.load(tmp_path, n)
 
 
@@ -132,7 +137,7 @@ def test_no_split_is_refused(tmp_path):
         splits.load(tmp_path, 20)
 
 
-# ------------------------------------------------------------------------------------------------------------- seeds
+# -------------------------------------------------------------------------------------------- seeds
 
 
 def test_streams_are_told_apart_by_seed_and_names():

@@ -15,7 +15,8 @@ from sklearn.metrics import mean_squared_error, r2_score
 from rewardlib.measures import intervals, ranking
 from rewardlib.measures.scale import reliability, scale_metrics
 
-# Prompt 0 is ranked right; 1 is half wrong; 2 has a tie in both; 3 has one golden value and so no ranking.
+# Prompt 0 is ranked right; 1 is half wrong; 2 has a tie in both; 3 has one golden value and so no
+# ranking.
 GOLDEN = np.array([[1.0, 2, 3], [3, 1, 2], [1, 1, 2], [5, 5, 5]])
 SCORES = np.array([[0.1, 0.5, 0.9], [0.1, 0.5, 0.9], [0.2, 0.2, 0.9], [0.3, 0.1, 0.2]])
 
@@ -36,7 +37,7 @@ def strict_json(content):
     return json.loads(json.dumps(content, allow_nan=False))
 
 
-# ------------------------------------------------------------------------------------------------------- per prompt
+# --------------------------------------------------------------------------------------- per prompt
 
 
 def test_values_worked_by_hand():
@@ -61,9 +62,15 @@ def test_spearman_is_scipys(case):
 @settings(deadline=None)
 def test_pair_accuracy_is_brute_force(case):
     for accuracy, s, g in zip(ranking.pair_accuracy(*case), *case, strict=True):
-        signs = [np.sign((s[i] - s[j]) * (g[i] - g[j])) for i, j in combinations(range(len(s)), 2) if g[i] != g[j]]
+        signs = [
+            np.sign((s[i] - s[j]) * (g[i] - g[j]))
+            for i, j in combinations(range(len(s)), 2)
+            if g[i] != g[j]
+        ]
         if signs:
-            assert accuracy == pytest.approx(np.mean([0.5 + 0.5 * sign for sign in signs]), abs=1e-15)
+            assert accuracy == pytest.approx(
+                np.mean([0.5 + 0.5 * sign for sign in signs]), abs=1e-15
+            )
         else:
             assert math.isnan(accuracy)
 
@@ -75,7 +82,11 @@ def test_agreement_within_is_brute_force(case):
     found = ranking.agreement_within(*case)
     assert all(counts.dtype == np.int64 for counts in found)
     for agree, pairs, s, g in zip(*found, *case, strict=True):
-        signs = [np.sign((s[i] - s[j]) * (g[i] - g[j])) for i, j in combinations(range(len(s)), 2) if g[i] != g[j]]
+        signs = [
+            np.sign((s[i] - s[j]) * (g[i] - g[j]))
+            for i, j in combinations(range(len(s)), 2)
+            if g[i] != g[j]
+        ]
         assert (agree, pairs) == (sum(signs), len(signs))
 
 
@@ -125,7 +136,9 @@ def test_a_constant_scorer_has_accuracy_one_half_and_picks_no_favourite():
     constant = np.full(golden.shape, 0.7)
     assert ranking.pair_accuracy(constant, golden).tolist() == [0.5, 0.5]
     assert np.isnan(ranking.spearman(constant, golden)).all()
-    np.testing.assert_allclose(ranking.best_of_n(constant, golden, [1, 3, 5]), golden.mean(1)[:, None] * np.ones(3))
+    np.testing.assert_allclose(
+        ranking.best_of_n(constant, golden, [1, 3, 5]), golden.mean(1)[:, None] * np.ones(3)
+    )
     np.testing.assert_allclose(ranking.selected_quantile(constant, golden), [0.5, 0.5])
     assert ranking.cross_prompt_accuracy(constant, golden) == 0.5
 
@@ -165,7 +178,9 @@ def test_best_of_300_of_500_responses():
     weights = ranking.best_of_n_weights(500, ranking.BEST_OF_N)
     assert np.isfinite(weights).all()
     np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-14)
-    np.testing.assert_allclose(weights[:3, 7], [0.6, 0.6 * 200 / 499, 0.6 * 200 * 199 / (499 * 498)])
+    np.testing.assert_allclose(
+        weights[:3, 7], [0.6, 0.6 * 200 / 499, 0.6 * 200 * 199 / (499 * 498)]
+    )
     assert weights[201:, 7].tolist() == [0] * 299
 
 
@@ -175,7 +190,7 @@ def test_best_of_n_outside_the_responses_is_refused(sizes):
         ranking.best_of_n(SCORES, GOLDEN, sizes)
 
 
-# ----------------------------------------------------------------------------------------------------- all responses
+# ------------------------------------------------------------------------------------ all responses
 
 
 @given(scored(most=6))
@@ -190,7 +205,9 @@ def test_cross_prompt_accuracy_is_brute_force(case):
     ]
     found = ranking.cross_prompt_accuracy(scores, golden)
     within = ranking.agreement_within(scores, golden)
-    assert ranking.cross_prompt_accuracy(scores, golden, within) == pytest.approx(found, abs=0, nan_ok=True)
+    assert ranking.cross_prompt_accuracy(scores, golden, within) == pytest.approx(
+        found, abs=0, nan_ok=True
+    )
     if signs:
         assert found == pytest.approx(np.mean([0.5 + 0.5 * sign for sign in signs]), abs=1e-15)
     else:
@@ -210,7 +227,7 @@ def test_global_spearman_is_scipys_over_all_responses():
     assert ranking.global_spearman(scores, golden) == pytest.approx(expected, abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------- invariances
+# -------------------------------------------------------------------------------------- invariances
 
 PER_PROMPT = {
     "spearman": ranking.spearman,
@@ -218,7 +235,10 @@ PER_PROMPT = {
     "selected_quantile": ranking.selected_quantile,
     "best_of_2": lambda scores, golden: ranking.best_of_n(scores, golden, [2])[:, 0],
 }
-OVERALL = {"global_spearman": ranking.global_spearman, "cross_prompt_accuracy": ranking.cross_prompt_accuracy}
+OVERALL = {
+    "global_spearman": ranking.global_spearman,
+    "cross_prompt_accuracy": ranking.cross_prompt_accuracy,
+}
 
 
 @given(scored(), st.randoms(use_true_random=False))
@@ -239,18 +259,24 @@ def test_permuting_prompts_or_responses_changes_nothing(case, random):
 def test_only_the_order_of_the_scores_counts(case):
     scores, golden = case
     for measure in [*PER_PROMPT.values(), *OVERALL.values()]:
-        np.testing.assert_array_equal(measure(np.exp(3 * scores) - 7, golden), measure(scores, golden))
+        np.testing.assert_array_equal(
+            measure(np.exp(3 * scores) - 7, golden), measure(scores, golden)
+        )
 
 
 @given(scored())
 @settings(deadline=None)
 def test_turning_the_scores_round_turns_the_ranking_round(case):
     scores, golden = case
-    np.testing.assert_allclose(ranking.spearman(-scores, golden), -ranking.spearman(scores, golden), atol=1e-12)
-    np.testing.assert_allclose(ranking.pair_accuracy(-scores, golden), 1 - ranking.pair_accuracy(scores, golden))
+    np.testing.assert_allclose(
+        ranking.spearman(-scores, golden), -ranking.spearman(scores, golden), atol=1e-12
+    )
+    np.testing.assert_allclose(
+        ranking.pair_accuracy(-scores, golden), 1 - ranking.pair_accuracy(scores, golden)
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 def test_resamples_draw_n_prompts_from_n_and_repeat_under_one_seed():
@@ -269,10 +295,16 @@ def test_resamples_in_blocks_are_those_in_one_piece(monkeypatch):
     assert weights.dtype == np.uint8
     whole = intervals.resampled_sums(values, weights)
     np.testing.assert_allclose(whole, weights.astype(float) @ values)
-    found = intervals.paired_difference(values[:, 0] / 3, 0 * values[:, 1], weights, np.random.default_rng(2))
-    monkeypatch.setattr(intervals, "CELLS", 250)  # 8 resamples of 30 prompts, the last block has one
+    found = intervals.paired_difference(
+        values[:, 0] / 3, 0 * values[:, 1], weights, np.random.default_rng(2)
+    )
+    monkeypatch.setattr(
+        intervals, "CELLS", 250
+    )  # 8 resamples of 30 prompts, the last block has one
     np.testing.assert_allclose(intervals.resampled_sums(values, weights), whole)
-    again = intervals.paired_difference(values[:, 0] / 3, 0 * values[:, 1], weights, np.random.default_rng(2))
+    again = intervals.paired_difference(
+        values[:, 0] / 3, 0 * values[:, 1], weights, np.random.default_rng(2)
+    )
     assert again["p_value"] == found["p_value"] and 0 < found["p_value"] < 1
     monkeypatch.setattr(intervals, "CELLS", 7)  # fewer cells than prompts: one resample at a time
     np.testing.assert_allclose(intervals.resampled_sums(values, weights), whole)
@@ -300,7 +332,9 @@ def test_prompts_without_a_value_are_left_out_of_mean_and_interval():
 
 
 def test_a_ratio_is_of_sums_not_a_mean_of_ratios():
-    value, ci = intervals.ratio_with_ci(np.array([1.0, 9]), np.array([1.0, 3]), np.array([[1, 1], [2, 0], [0, 2]]))
+    value, ci = intervals.ratio_with_ci(
+        np.array([1.0, 9]), np.array([1.0, 3]), np.array([[1, 1], [2, 0], [0, 2]])
+    )
     assert value == 2.5
     np.testing.assert_allclose(ci, np.percentile([2.5, 1, 3], [2.5, 97.5]))
 
@@ -316,7 +350,9 @@ def test_a_clear_difference_has_a_small_p_value_and_is_turned_by_swapping():
     b = rng.random(40)
     a = b + 0.1 + 0.1 * rng.normal(size=40)
     found = intervals.paired_difference(a, b, weights_for(40), np.random.default_rng(1))
-    assert found["p_value"] == 1 / (1 + intervals.RESAMPLES), "never 0: the data are one of the sign patterns"
+    assert found["p_value"] == 1 / (1 + intervals.RESAMPLES), (
+        "never 0: the data are one of the sign patterns"
+    )
     assert 0 < found["ci95"][0] < found["difference"] < found["ci95"][1]
     turned = intervals.paired_difference(b, a, weights_for(40), np.random.default_rng(1))
     assert turned["difference"] == pytest.approx(-found["difference"])
@@ -329,13 +365,15 @@ def test_the_p_value_is_that_of_all_sign_flips():
     signs = np.array(np.meshgrid(*[[-1, 1]] * 9)).reshape(9, -1)
     d = difference[np.isfinite(difference)]
     exact = np.mean(np.abs(d @ signs) >= abs(d.sum()) - 1e-12)
-    found = intervals.paired_difference(difference, np.zeros(10), weights_for(10), np.random.default_rng(0))
+    found = intervals.paired_difference(
+        difference, np.zeros(10), weights_for(10), np.random.default_rng(0)
+    )
     assert found["difference"] == pytest.approx(d.mean())
     assert found["p_value"] == pytest.approx(exact, abs=0.02)
     assert exact > 0.03
 
 
-# ------------------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def test_the_table_of_the_worked_case():
@@ -344,11 +382,16 @@ def test_the_table_of_the_worked_case():
     assert table["spearman"] == pytest.approx(0.5)
     assert table["pair_accuracy"] == pytest.approx(7 / 9)
     assert table["selected_quantile"] == pytest.approx(0.75)
-    missing = [table[f"n_prompts_without_{name}"] for name in ("spearman", "pair_accuracy", "selected_quantile")]
+    missing = [
+        table[f"n_prompts_without_{name}"]
+        for name in ("spearman", "pair_accuracy", "selected_quantile")
+    ]
     assert missing == [1, 1, 0]
     assert table["best_of_n"] == pytest.approx({"1": 31 / 12, "2": 2.75})
     assert table["best_of_n_gain"] == pytest.approx({"2": 0.4})
-    assert table["global_spearman"] == pytest.approx(stats.spearmanr(SCORES.ravel(), GOLDEN.ravel()).statistic)
+    assert table["global_spearman"] == pytest.approx(
+        stats.spearmanr(SCORES.ravel(), GOLDEN.ravel()).statistic
+    )
     for name in ("spearman", "pair_accuracy", "selected_quantile"):
         low, high = table[f"{name}_ci95"]
         assert low <= table[name] <= high
@@ -374,7 +417,9 @@ def test_golden_rewards_of_one_value_make_nulls_not_numbers(value):
         assert table[name] is None
     assert table["spearman_ci95"] == [None, None] and table["n_prompts_without_spearman"] == 5
     assert table["best_of_n"] == pytest.approx({"1": value, "2": value})
-    assert table["best_of_n_gain"] == {"2": None} and table["best_of_n_gain_ci95"] == {"2": [None, None]}
+    assert table["best_of_n_gain"] == {"2": None} and table["best_of_n_gain_ci95"] == {
+        "2": [None, None]
+    }
     scale = strict_json(scale_metrics(scores, golden, weights_for(5)))
     assert scale["mse"] == pytest.approx(((scores - value) ** 2).mean())
     assert scale["r2"] is None and scale["r2_ci95"] == [None, None]
@@ -396,8 +441,12 @@ def test_the_interval_of_r2_is_over_resampled_prompts():
     golden, predicted = rng.normal(size=(2, 3, 4))
     weights = np.array([[2, 1, 0], [0, 1, 2], [1, 1, 1]], np.float32)
     drawn = [np.repeat(np.arange(3), row.astype(int)) for row in weights]
-    expected = np.percentile([r2_score(golden[d].ravel(), predicted[d].ravel()) for d in drawn], [2.5, 97.5])
-    np.testing.assert_allclose(scale_metrics(predicted, golden, weights)["r2_ci95"], expected, rtol=1e-5)
+    expected = np.percentile(
+        [r2_score(golden[d].ravel(), predicted[d].ravel()) for d in drawn], [2.5, 97.5]
+    )
+    np.testing.assert_allclose(
+        scale_metrics(predicted, golden, weights)["r2_ci95"], expected, rtol=1e-5
+    )
 
 
 def test_scale_metrics_do_not_depend_on_where_zero_is():
@@ -412,7 +461,12 @@ def test_scale_metrics_do_not_depend_on_where_zero_is():
 def test_reliability_by_hand():
     """Two bins of the predictions: {0, 1} with golden 0, 2 and {2, 3} with golden 2, 5."""
     found = reliability(np.array([[3.0, 0], [2, 1]]), np.array([[5.0, 0], [2, 2]]), bins=2)
-    assert found == {"predicted": [0.5, 2.5], "golden": [1, 3.5], "count": [2, 2], "calibration_error": 0.75}
+    assert found == {
+        "predicted": [0.5, 2.5],
+        "golden": [1, 3.5],
+        "count": [2, 2],
+        "calibration_error": 0.75,
+    }
 
 
 def test_reliability_weighs_bins_by_their_responses_and_never_makes_an_empty_one():

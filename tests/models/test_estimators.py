@@ -48,7 +48,9 @@ def test_random_state_decides_everything(problem):
 
 def test_validation_holds_out_whole_groups(problem):
     rows, _, index, labels = problem
-    few = BT_MLP(validation_share=0.5).fit(rows[index], labels, groups=np.repeat([0, 1], [100, len(labels) - 100]))
+    few = BT_MLP(validation_share=0.5).fit(
+        rows[index], labels, groups=np.repeat([0, 1], [100, len(labels) - 100])
+    )
     assert few.log_[0]["validation_accuracy"] > 0.5
     assert "validation_loss" not in BT_MLP(validation_share=0).fit(rows[index], labels).log_[0]
 
@@ -80,7 +82,9 @@ def test_refuses_other_dimensions_and_predicting_before_fit(problem):
 @pytest.mark.parametrize("estimator", [BT_MLP, CLF_MLP])
 def test_features_are_the_last_hidden_layer(problem, estimator):
     rows, _, index, labels = problem
-    model = estimator(hidden=(12, 5), precision="fp32").fit(index, labels, embeddings=rows.reshape(40, 10, 6))
+    model = estimator(hidden=(12, 5), precision="fp32").fit(
+        index, labels, embeddings=rows.reshape(40, 10, 6)
+    )
     features = model.features(rows.reshape(40, 10, 6))
     assert features.shape == (40, 10, 5) and (features >= 0).all()
     scores = features @ model.output_weights() + float(model.model_.fc3.bias.detach())

@@ -29,7 +29,14 @@ from rewardlib.errors import InputError
 from rewardlib.models import base, checks, model_files, registry, solvers
 from rewardlib.models.classifiers import CLF_LGBM, CLF_Any, has_lightgbm
 from rewardlib.models.ensemble import Ensemble
-from rewardlib.models.linear import BT_Laplace, BT_Linear, CLF_Linear, Regression_Ridge, _evidence_alpha, _folds
+from rewardlib.models.linear import (
+    BT_Laplace,
+    BT_Linear,
+    CLF_Linear,
+    Regression_Ridge,
+    _evidence_alpha,
+    _folds,
+)
 from rewardlib.models.mlp import BT_MLP, CLF_MLP
 
 D = 6
@@ -61,7 +68,9 @@ def make_problem(n=200, m=400, noise=0.0):
     rows = rng().standard_normal((n, D)).astype(np.float32)
     index = rng(1).integers(n, size=(m, 2))
     index = index[index[:, 0] != index[:, 1]]
-    gap = (rows[index[:, 0]] - rows[index[:, 1]]) @ WEIGHTS + noise * rng(2).logistic(size=len(index))
+    gap = (rows[index[:, 0]] - rows[index[:, 1]]) @ WEIGHTS + noise * rng(2).logistic(
+        size=len(index)
+    )
     return rows, index, (gap > 0).astype(int), np.arange(len(index)) // 8
 
 
@@ -70,7 +79,7 @@ def problem():
     return make_problem(noise=0.3)
 
 
-# ------------------------------------------------------------------------------------------------------ one interface
+# ------------------------------------------------------------------------------------ one interface
 
 
 @each
@@ -93,7 +102,11 @@ def test_index_pairs_are_the_pairs_themselves(problem, model):
     rows, index, labels, groups = problem
     by_index = clone(model).fit(index, labels, embeddings=rows, groups=groups).predict(rows)
     materialised = clone(model).fit(rows[index], labels, groups=groups).predict(rows)
-    numbered = clone(model).fit(index, labels, embeddings=rows.reshape(20, 10, D), groups=groups).predict(rows)
+    numbered = (
+        clone(model)
+        .fit(index, labels, embeddings=rows.reshape(20, 10, D), groups=groups)
+        .predict(rows)
+    )
     np.testing.assert_allclose(materialised, by_index, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(numbered, by_index)
 
@@ -104,16 +117,22 @@ def test_swapped_sides_with_swapped_labels_are_the_same_data(problem, model):
     turned = rng(5).random(len(labels)) < 0.5
     swapped = np.where(turned[:, None], index[:, ::-1], index)
     scores = clone(model).fit(index, labels, embeddings=rows, groups=groups).predict(rows)
-    again = clone(model).fit(swapped, np.where(turned, 1 - labels, labels), embeddings=rows, groups=groups)
+    again = clone(model).fit(
+        swapped, np.where(turned, 1 - labels, labels), embeddings=rows, groups=groups
+    )
     np.testing.assert_allclose(again.predict(rows), scores, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("model", [BT_Linear(), BT_Laplace(), BT_Linear(alpha=2.0), BT_Laplace(alpha=2.0)])
+@pytest.mark.parametrize(
+    "model", [BT_Linear(), BT_Laplace(), BT_Linear(alpha=2.0), BT_Laplace(alpha=2.0)]
+)
 def test_an_offset_of_all_embeddings_changes_no_difference(problem, model):
     rows, index, labels, groups = problem
     scores = clone(model).fit(index, labels, embeddings=rows, groups=groups).predict(rows)[:, 0]
     moved = clone(model).fit(index, labels, embeddings=rows + np.float32(4), groups=groups)
-    np.testing.assert_allclose(np.ptp(moved.predict(rows + np.float32(4))[:, 0] - scores), 0, atol=1e-3)
+    np.testing.assert_allclose(
+        np.ptp(moved.predict(rows + np.float32(4))[:, 0] - scores), 0, atol=1e-3
+    )
 
 
 @each
@@ -154,7 +173,9 @@ def test_memory_mapped_half_precision_is_read_where_it_lies(tmp_path, problem, m
     np.save(tmp_path / "b.npy", rows)
     mapped = np.load(tmp_path / "b.npy", mmap_mode="r")
     found = clone(model).fit(index, labels, embeddings=mapped, groups=groups).predict(mapped)
-    np.testing.assert_array_equal(found, clone(model).fit(index, labels, embeddings=rows, groups=groups).predict(rows))
+    np.testing.assert_array_equal(
+        found, clone(model).fit(index, labels, embeddings=rows, groups=groups).predict(rows)
+    )
 
 
 def test_prediction_in_blocks_is_prediction(problem, monkeypatch):
@@ -199,11 +220,13 @@ def test_lightgbm_is_loaded_by_those_who_fit_trees():
 
 def test_scikit_learns_cross_validation_takes_pairs(problem):
     rows, index, labels, groups = problem
-    found = cross_val_score(BT_Linear(alpha=1.0), rows[index], labels, groups=groups, cv=GroupKFold(3))
+    found = cross_val_score(
+        BT_Linear(alpha=1.0), rows[index], labels, groups=groups, cv=GroupKFold(3)
+    )
     assert found.shape == (3,) and (found > 0.8).all()
 
 
-# ------------------------------------------------------------------------------------------- scikit-learn's own checks
+# ------------------------------------------------------------------------ scikit-learn's own checks
 
 
 class Rows:
@@ -217,7 +240,9 @@ class Rows:
     def pairs(self, y):
         y = np.asarray(y)
         each = np.arange(len(y))
-        index = np.concatenate([np.column_stack([each, np.roll(each, s)]) for s in range(1, min(len(y), 6))])
+        index = np.concatenate(
+            [np.column_stack([each, np.roll(each, s)]) for s in range(1, min(len(y), 6))]
+        )
         index = index[y[index[:, 0]] != y[index[:, 1]]]
         return index, (y[index[:, 0]] > y[index[:, 1]]).astype(int)
 
@@ -261,10 +286,11 @@ class RowsRidge(Rows, Regression_Ridge):
         return Regression_Ridge.fit(self, X, y)
 
 
-# All other checks of check_estimator apply and pass, among them: construction, clone, get_params and set_params, repr,
-# tags, nothing set in __init__, parameters untouched by fit, fit returns self, NotFittedError, dtypes, object and
-# complex arrays, NaN and inf, sparse input, pickling, read-only memory maps, Fortran order, idempotent fit, unchanged
-# estimators in predict, order and subsets of samples, one feature, one-dimensional input, n_features_in_.
+# All other checks of check_estimator apply and pass, among them: construction, clone, get_params
+# and set_params, repr, tags, nothing set in __init__, parameters untouched by fit, fit returns
+# self, NotFittedError, dtypes, object and complex arrays, NaN and inf, sparse input, pickling,
+# read-only memory maps, Fortran order, idempotent fit, unchanged estimators in predict, order and
+# subsets of samples, one feature, one-dimensional input, n_features_in_.
 NOT_FOR_PAIRS = {
     "check_fit_score_takes_y": "score takes pairs and labels, not rows and y",
     "check_pipeline_consistency": "calls score on rows",
@@ -291,12 +317,16 @@ if not has_lightgbm():
 @pytest.mark.parametrize("model", CHECKED.values(), ids=CHECKED)
 def test_scikit_learns_estimator_checks(model):
     found = check_estimator(model, expected_failed_checks=NOT_FOR_PAIRS, on_fail=None, on_skip=None)
-    failed = {check["check_name"]: str(check["exception"]) for check in found if check["status"] == "failed"}
+    failed = {
+        check["check_name"]: str(check["exception"])
+        for check in found
+        if check["status"] == "failed"
+    }
     assert not failed
     assert sum(check["status"] == "passed" for check in found) >= 34
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @each
@@ -310,8 +340,14 @@ def test_scikit_learns_estimator_checks(model):
         (lambda p, y: (p[:0], y[:0]), r"at least one pair; got \(0, 2, 6\)"),
         (lambda p, y: (p, y[:-1]), r"labels should be \(\d+,\)"),
         (lambda p, y: (p, y * 2 - 1), r"labels should be \(\d+,\) of 0 and 1.*got -1"),
-        (lambda p, y: (p, np.where(y, np.nan, 0)), r"labels should be \(\d+,\) of 0 and 1.*got nan"),
-        (lambda p, y: (p, np.ones_like(y)), "labels should hold both 0 and 1; got 1 only: put the preferred response"),
+        (
+            lambda p, y: (p, np.where(y, np.nan, 0)),
+            r"labels should be \(\d+,\) of 0 and 1.*got nan",
+        ),
+        (
+            lambda p, y: (p, np.ones_like(y)),
+            "labels should hold both 0 and 1; got 1 only: put the preferred response",
+        ),
         (lambda p, y: (p, np.zeros_like(y)), "labels should hold both 0 and 1; got 0 only"),
         (lambda p, y: (np.where(p == p[0, 0, 0], np.nan, p), y), "finite; got NaN or inf"),
         (lambda p, y: (np.where(p == p[0, 0, 0], 1e39, p), y), "finite; got NaN or inf"),
@@ -324,7 +360,9 @@ def test_refusals_of_pairs(problem, model, change, message):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("model", [BT_Linear(), BT_MLP(**SMALL), Ensemble(BT_Linear(), bootstrap=True)])
+@pytest.mark.parametrize(
+    "model", [BT_Linear(), BT_MLP(**SMALL), Ensemble(BT_Linear(), bootstrap=True)]
+)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -352,7 +390,10 @@ def test_refusals_of_predict(problem, model):
         model.fit(index, labels, embeddings=rows, groups=np.arange(3))
     model.fit(index, labels, embeddings=rows)
     for wrong, message in (
-        (rows[:, :5], r"X has 5 features, but \w+ is expecting 6 .*should have 6 dimensions; got \(200, 5\)"),
+        (
+            rows[:, :5],
+            r"X has 5 features, but \w+ is expecting 6 .*should have 6 dimensions; got \(200, 5\)",
+        ),
         (rows[0], r"embeddings should be \(M, D\) or \(N, K, D\); got \(6,\)"),
         (rows[None, None], r"embeddings should be \(M, D\) or \(N, K, D\); got \(1, 1, 200, 6\)"),
         (rows[:0], r"at least one response; got \(0, 6\)"),
@@ -362,14 +403,16 @@ def test_refusals_of_predict(problem, model):
             model.predict(wrong)
 
 
-@pytest.mark.parametrize("model", [BT_Linear(alpha=0.0), CLF_Linear(alpha=-1.0), BT_Laplace(alpha=np.nan)])
+@pytest.mark.parametrize(
+    "model", [BT_Linear(alpha=0.0), CLF_Linear(alpha=-1.0), BT_Laplace(alpha=np.nan)]
+)
 def test_refuses_a_penalty_that_is_none(problem, model):
     rows, index, labels, _ = problem
     with pytest.raises(ValueError, match="alpha should be above 0, or None"):
         model.fit(index, labels, embeddings=rows)
 
 
-# ------------------------------------------------------------------------------------------------------ linear models
+# ------------------------------------------------------------------------------------ linear models
 
 
 def test_bt_linear_is_logistic_regression_on_differences(problem):
@@ -378,7 +421,9 @@ def test_bt_linear_is_logistic_regression_on_differences(problem):
     reference = LogisticRegression(C=0.5, fit_intercept=False, tol=1e-10, max_iter=10_000)
     reference.fit((rows[index[:, 0]] - rows[index[:, 1]]).astype(float), labels)
     np.testing.assert_allclose(model.coef_, reference.coef_[0], rtol=1e-5)
-    np.testing.assert_allclose(model.predict(rows)[:, 0], rows @ reference.coef_[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        model.predict(rows)[:, 0], rows @ reference.coef_[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_clf_linear_is_logistic_regression_on_responses(problem):
@@ -387,8 +432,14 @@ def test_clf_linear_is_logistic_regression_on_responses(problem):
     reference = LogisticRegression(C=0.5, tol=1e-10, max_iter=10_000)
     single = np.concatenate([rows[index[:, 0]], rows[index[:, 1]]]).astype(float)
     reference.fit(single, np.concatenate([labels, 1 - labels]))
-    np.testing.assert_allclose(model.predict(rows)[:, 0], reference.decision_function(rows.astype(float)), rtol=1e-5)
-    by_any = CLF_Any(LogisticRegression(C=0.5, tol=1e-10, max_iter=10_000)).fit(rows[index], labels).predict(rows)
+    np.testing.assert_allclose(
+        model.predict(rows)[:, 0], reference.decision_function(rows.astype(float)), rtol=1e-5
+    )
+    by_any = (
+        CLF_Any(LogisticRegression(C=0.5, tol=1e-10, max_iter=10_000))
+        .fit(rows[index], labels)
+        .predict(rows)
+    )
     np.testing.assert_allclose(by_any, model.predict(rows), rtol=1e-3, atol=1e-3)
 
 
@@ -400,9 +451,9 @@ def test_the_penalty_is_the_strongest_within_an_error_of_the_best(kind):
         model = kind().fit(index, labels, embeddings=rows, groups=groups)
         spread = rows[index.ravel()].var(0).sum()
         assert check(round(model.alpha_ / len(labels) / spread, 6)), (noise, model.alpha_)
-    assert kind().fit(index, labels, embeddings=rows, groups=np.zeros(len(labels))).alpha_ == pytest.approx(
-        len(labels) * spread, rel=1e-5
-    )
+    assert kind().fit(
+        index, labels, embeddings=rows, groups=np.zeros(len(labels))
+    ).alpha_ == pytest.approx(len(labels) * spread, rel=1e-5)
 
 
 def test_held_out_groups_are_whole(problem, monkeypatch):
@@ -419,7 +470,7 @@ def test_held_out_groups_are_whole(problem, monkeypatch):
     assert all(len(np.unique(seen[0][groups == g])) == 1 for g in np.unique(groups))
 
 
-# ------------------------------------------------------------------------------------------------------------ Laplace
+# ------------------------------------------------------------------------------------------ Laplace
 
 
 def test_laplace_in_one_dimension_has_the_closed_form():
@@ -431,7 +482,9 @@ def test_laplace_in_one_dimension_has_the_closed_form():
     variance = 1 / (8 * p * (1 - p) * 2**2 + 0.5)
     assert model.covariance_[0, 0] == pytest.approx(variance, rel=1e-6)
     mean, std = model.predict(np.array([[3.0], [1.0]]), return_std=True)
-    np.testing.assert_allclose(mean[:, 0], [2 * model.coef_[0], 0], rtol=1e-6, atol=1e-9)  # the mean response is 1
+    np.testing.assert_allclose(
+        mean[:, 0], [2 * model.coef_[0], 0], rtol=1e-6, atol=1e-9
+    )  # the mean response is 1
     np.testing.assert_allclose(std[:, 0], [2 * np.sqrt(variance), 0], rtol=1e-6, atol=1e-9)
     mean, std = model.predict_difference(np.array([[[3.0], [-1.0]]]))
     assert mean == pytest.approx(4 * model.coef_[0]) and std == pytest.approx(4 * np.sqrt(variance))
@@ -445,9 +498,14 @@ def test_laplace_means_are_those_of_the_linear_model(problem):
     assert mean.shape == std.shape == (20, 10, 1) and (std > 0).all()
     np.testing.assert_allclose(np.ptp(mean.ravel() - plain[:, 0]), 0, atol=1e-5)
     np.testing.assert_allclose(model.predict(rows), mean.reshape(-1, 1), atol=1e-6)
-    by_index, by_pairs = model.predict_difference(index[:9], rows), model.predict_difference(rows[index[:9]])
+    by_index, by_pairs = (
+        model.predict_difference(index[:9], rows),
+        model.predict_difference(rows[index[:9]]),
+    )
     np.testing.assert_allclose(by_index, by_pairs, rtol=1e-6)
-    np.testing.assert_allclose(by_index[0], plain[index[:9, 0], 0] - plain[index[:9, 1], 0], atol=1e-5)
+    np.testing.assert_allclose(
+        by_index[0], plain[index[:9, 0], 0] - plain[index[:9, 1], 0], atol=1e-5
+    )
 
 
 def test_an_offset_of_all_embeddings_leaves_the_deviations():
@@ -455,7 +513,9 @@ def test_an_offset_of_all_embeddings_leaves_the_deviations():
     near = BT_Laplace(alpha=1.0).fit(index, labels, embeddings=rows)
     far = BT_Laplace(alpha=1.0).fit(index, labels, embeddings=rows + np.float32(50))
     for a, b in zip(
-        near.predict(rows, return_std=True), far.predict(rows + np.float32(50), return_std=True), strict=True
+        near.predict(rows, return_std=True),
+        far.predict(rows + np.float32(50), return_std=True),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
 
@@ -469,14 +529,20 @@ def test_laplace_covers_the_truth_it_was_drawn_from():
         index = draw.integers(60, size=(80, 2))
         gap = (rows[index[:, 0]] - rows[index[:, 1]]) @ weights
         labels = (draw.random(80) < expit(gap)).astype(int)
-        mean, std = BT_Laplace(alpha=1.0).fit(index, labels, embeddings=rows).predict_difference(index, rows)
+        mean, std = (
+            BT_Laplace(alpha=1.0)
+            .fit(index, labels, embeddings=rows)
+            .predict_difference(index, rows)
+        )
         inside.append((np.abs(mean - gap) <= 1.96 * std)[std > 0])
     assert 0.9 < np.concatenate(inside).mean() < 0.99
 
 
 def test_more_pairs_leave_less_doubt():
     rows, index, labels, _ = make_problem(m=2000, noise=1.0)
-    few, many = (BT_Laplace(alpha=1.0).fit(index[:m], labels[:m], embeddings=rows) for m in (50, 2000))
+    few, many = (
+        BT_Laplace(alpha=1.0).fit(index[:m], labels[:m], embeddings=rows) for m in (50, 2000)
+    )
     few, many = (model.predict_difference(index[:100], rows)[1] for model in (few, many))
     differs = index[:100, 0] != index[:100, 1]
     assert (many[differs] < few[differs]).all()
@@ -495,7 +561,9 @@ def test_the_prior_of_laplace_is_the_best_by_the_plain_loss():
             first, second = fitted.predict(rows)[index[held], 0].T
             loss += solvers.logistic_loss(first - second, labels[held]).sum()
         losses.append(loss)
-    assert model.alpha_ == pytest.approx(solvers.STRENGTHS[int(np.argmin(losses))] * spread * len(labels), rel=1e-5)
+    assert model.alpha_ == pytest.approx(
+        solvers.STRENGTHS[int(np.argmin(losses))] * spread * len(labels), rel=1e-5
+    )
     assert np.argmin(losses) not in (0, len(losses) - 1)
 
 
@@ -505,15 +573,23 @@ def test_last_layer_laplace_scores_as_its_network(problem):
     given = BT_MLP(**SMALL)
     fitted = BT_Laplace(features=given).fit(index, labels, embeddings=rows)
     assert not hasattr(given, "model_")
-    frozen = BT_Laplace(features=FrozenEstimator(network)).fit(index[:50], labels[:50], embeddings=rows)
+    frozen = BT_Laplace(features=FrozenEstimator(network)).fit(
+        index[:50], labels[:50], embeddings=rows
+    )
     for model in (fitted, frozen):
         mean, std = model.predict(rows, return_std=True)
         np.testing.assert_allclose(np.ptp(mean - network.predict(rows)), 0, atol=1e-4)
         assert std.shape == (200, 1) and (std > 0).all() and model.covariance_.shape == (8, 8)
     features = network.features(rows)
-    assert features.shape == (200, 8) and network.features(rows.reshape(20, 10, D)).shape == (20, 10, 8)
+    assert features.shape == (200, 8) and network.features(rows.reshape(20, 10, D)).shape == (
+        20,
+        10,
+        8,
+    )
     bias = float(network.model_.fc3.bias.detach())
-    np.testing.assert_allclose(features @ network.output_weights() + bias, network.predict(rows)[:, 0], atol=1e-5)
+    np.testing.assert_allclose(
+        features @ network.output_weights() + bias, network.predict(rows)[:, 0], atol=1e-5
+    )
 
 
 def test_the_prior_of_the_last_layer_has_the_highest_evidence():
@@ -521,13 +597,15 @@ def test_the_prior_of_the_last_layer_has_the_highest_evidence():
     alpha = _evidence_alpha(hessian, weights)
 
     def evidence(a):
-        return 1.5 * np.log(a) - 0.5 * a * weights @ weights - 0.5 * np.log(np.diag(hessian) + a).sum()
+        return (
+            1.5 * np.log(a) - 0.5 * a * weights @ weights - 0.5 * np.log(np.diag(hessian) + a).sum()
+        )
 
     grid = np.exp(np.linspace(-8, 6, 20001))
     assert alpha == pytest.approx(grid[np.argmax([evidence(a) for a in grid])], rel=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------- classification
+# ----------------------------------------------------------------------------------- classification
 
 
 def test_clf_any_takes_probabilities_where_there_is_no_decision(problem):
@@ -549,7 +627,9 @@ def test_clf_any_takes_pipelines_and_margins(problem):
 
 def test_clf_any_refuses_what_is_no_classifier(problem):
     rows, index, labels, _ = problem
-    with pytest.raises(ValueError, match="decision_function or predict_proba; LinearRegression has neither"):
+    with pytest.raises(
+        ValueError, match="decision_function or predict_proba; LinearRegression has neither"
+    ):
         CLF_Any(LinearRegression()).fit(rows[index], labels)
 
 
@@ -561,13 +641,18 @@ def test_clf_lgbm_is_lightgbms_classifier_by_default():
     scores = CLF_LGBM().fit(index, labels, embeddings=rows).predict(rows)
     single = rows[index].reshape(-1, D).astype(float), np.stack([labels, 1 - labels], 1).ravel()
     reference = lightgbm.LGBMClassifier(verbose=-1, n_jobs=1, force_col_wise=True).fit(*single)
-    np.testing.assert_allclose(scores[:, 0], reference.predict(rows.astype(float), raw_score=True), rtol=1e-6)
+    np.testing.assert_allclose(
+        scores[:, 0], reference.predict(rows.astype(float), raw_score=True), rtol=1e-6
+    )
 
 
 @trees
 def test_trees_do_not_depend_on_the_number_of_threads(problem):
     rows, index, labels, _ = problem
-    one, two = (CLF_LGBM(n_estimators=5, n_jobs=n).fit(index, labels, embeddings=rows).predict(rows) for n in (1, 2))
+    one, two = (
+        CLF_LGBM(n_estimators=5, n_jobs=n).fit(index, labels, embeddings=rows).predict(rows)
+        for n in (1, 2)
+    )
     np.testing.assert_array_equal(one, two)
 
 
@@ -575,17 +660,36 @@ def test_lightgbm_is_named_where_it_is_missing(problem, monkeypatch):
     rows, index, labels, _ = problem
     monkeypatch.setitem(sys.modules, "lightgbm", None)
     assert not has_lightgbm()
-    with pytest.raises(ImportError, match=r'expected the package lightgbm, found none; pip install -e "\.\[trees\]"'):
+    with pytest.raises(
+        ImportError,
+        match=r'expected the package lightgbm, found none; pip install -e "\.\[trees\]"',
+    ):
         CLF_LGBM().fit(index, labels, embeddings=rows)
 
 
 def test_the_order_error_of_a_classifier_is_within_its_bound(tmp_path):
     """The union bound of arXiv 2411.04991 on held-out prompts of the demo data, at any threshold."""
-    sizes = ["--n_prompts", "80", "--n_splits", "6", "--n_test_prompts", "2", "--n_test_splits", "2", "--emb_dim", "32"]
+    sizes = [
+        "--n_prompts",
+        "80",
+        "--n_splits",
+        "6",
+        "--n_test_prompts",
+        "2",
+        "--n_test_splits",
+        "2",
+        "--emb_dim",
+        "32",
+    ]
     generate_demo_data.main([*sizes, "--output_dir", str(tmp_path)])
     data = embeddings.load(tmp_path)
     folds = splits.assign_folds(data.groups, 4, rng())
-    options = {"pairing": "xprompt", "consider_first_n": 2, "quality": 5.0, "scale": data.rewards.std()}
+    options = {
+        "pairing": "xprompt",
+        "consider_first_n": 2,
+        "quality": 5.0,
+        "scale": data.rewards.std(),
+    }
     drawn = pairs.build(data.rewards, folds, n_pairs=8, rng=rng(1), **options)
     index = drawn.prompts * 6 + drawn.responses
     matrix, fit = np.stack(data.embeddings, 1), drawn.folds > 0
@@ -599,7 +703,7 @@ def test_the_order_error_of_a_classifier_is_within_its_bound(tmp_path):
             assert order_error <= np.mean(preferred <= threshold) + np.mean(other > threshold)
 
 
-# --------------------------------------------------------------------------------------------------------- regression
+# --------------------------------------------------------------------------------------- regression
 
 
 def ratings(n=40, k=6, noise=0.1):
@@ -621,10 +725,15 @@ def test_ridge_is_scikit_learns():
 
 def test_ridge_within_prompts_forgets_what_prompts_add():
     rows, golden = ratings()
-    within, plain = Regression_Ridge(within=True).fit(rows, golden), Regression_Ridge().fit(rows, golden)
+    within, plain = (
+        Regression_Ridge(within=True).fit(rows, golden),
+        Regression_Ridge().fit(rows, golden),
+    )
     assert np.abs(within.coef_ - WEIGHTS).max() < 0.05 < np.abs(plain.coef_ - WEIGHTS).max()
     moved = golden + 100 * rng(9).standard_normal((len(golden), 1))
-    np.testing.assert_allclose(Regression_Ridge(within=True).fit(rows, moved).coef_, within.coef_, rtol=1e-6)
+    np.testing.assert_allclose(
+        Regression_Ridge(within=True).fit(rows, moved).coef_, within.coef_, rtol=1e-6
+    )
 
 
 def test_ridge_in_blocks_and_its_folds_of_prompts(monkeypatch):
@@ -641,10 +750,25 @@ def test_ridge_in_blocks_and_its_folds_of_prompts(monkeypatch):
     ("rows", "golden", "options", "message"),
     [
         (np.zeros((4, 3)), np.zeros(5), {}, r"ratings should be \(4,\) or \(4, 1\); got \(5,\)"),
-        (np.zeros((4, 3, 2)), np.zeros(4), {}, r"ratings should be \(4, 3\) or \(4, 3, 1\); got \(4,\)"),
+        (
+            np.zeros((4, 3, 2)),
+            np.zeros(4),
+            {},
+            r"ratings should be \(4, 3\) or \(4, 3, 1\); got \(4,\)",
+        ),
         (np.zeros(4), np.zeros(4), {}, r"embeddings should be \(M, D\) or \(N, K, D\).*got \(4,\)"),
-        (np.zeros((0, 3)), np.zeros(0), {}, r"embeddings should be .* none of them 0; got \(0, 3\)"),
-        (np.zeros((4, 3)), np.zeros(4), {"within": True}, r"embeddings should be \(N, K, D\), K .*got \(4, 3\)"),
+        (
+            np.zeros((0, 3)),
+            np.zeros(0),
+            {},
+            r"embeddings should be .* none of them 0; got \(0, 3\)",
+        ),
+        (
+            np.zeros((4, 3)),
+            np.zeros(4),
+            {"within": True},
+            r"embeddings should be \(N, K, D\), K .*got \(4, 3\)",
+        ),
         (np.zeros((4, 3)), np.full(4, np.nan), {}, "ratings should be finite"),
         (np.full((4, 3), np.inf), np.zeros(4), {}, "embeddings should be finite"),
         (np.zeros((4, 3)), np.zeros(4), {"alpha": -1.0}, "alpha should be above 0"),
@@ -655,7 +779,7 @@ def test_refusals_of_ratings(rows, golden, options, message):
         Regression_Ridge(**options).fit(rows, golden)
 
 
-# ---------------------------------------------------------------------------------------------------------- ensembles
+# ---------------------------------------------------------------------------------------- ensembles
 
 
 def test_aggregations_of_an_ensemble(problem):
@@ -666,9 +790,13 @@ def test_aggregations_of_an_ensemble(problem):
         .predict(rows)
         for name in ("mean", "min", "uwo", "lcb", "first")
     }
-    members = Ensemble(BT_Linear(alpha=1.0), n=4, bootstrap=True).fit(index, labels, embeddings=rows, groups=groups)
+    members = Ensemble(BT_Linear(alpha=1.0), n=4, bootstrap=True).fit(
+        index, labels, embeddings=rows, groups=groups
+    )
     scores = members.predict_members(rows)
-    assert scores.shape == (4, 200, 1) and members.predict_members(rows.reshape(20, 10, D)).shape == (4, 20, 10, 1)
+    assert scores.shape == (4, 200, 1) and members.predict_members(
+        rows.reshape(20, 10, D)
+    ).shape == (4, 20, 10, 1)
     np.testing.assert_allclose(made["mean"], scores.mean(0))
     np.testing.assert_allclose(made["min"], scores.min(0))
     np.testing.assert_allclose(made["uwo"], scores.mean(0) - 0.5 * scores.var(0))
@@ -690,7 +818,9 @@ def test_members_differ_by_seed_and_repeat_by_seed(problem):
     scores = model.predict_members(rows)
     assert len({member.random_state for member in model.estimators_}) == 3
     assert not np.allclose(scores[0], scores[1])
-    np.testing.assert_array_equal(clone(model).fit(index, labels, embeddings=rows).predict_members(rows), scores)
+    np.testing.assert_array_equal(
+        clone(model).fit(index, labels, embeddings=rows).predict_members(rows), scores
+    )
     other = clone(model).set_params(random_state=1).fit(index, labels, embeddings=rows)
     assert not np.allclose(other.predict_members(rows), scores)
 
@@ -717,7 +847,9 @@ def test_a_bootstrap_draws_whole_groups(problem, monkeypatch):
 
     monkeypatch.setattr(BT_Linear, "_fit", remember)
     groups = np.repeat([5, 6, 9, 12], 3)
-    Ensemble(BT_Linear(), n=4, bootstrap=True).fit(index[:12], labels[:12], embeddings=rows, groups=groups)
+    Ensemble(BT_Linear(), n=4, bootstrap=True).fit(
+        index[:12], labels[:12], embeddings=rows, groups=groups
+    )
     counts = np.concatenate([np.bincount(drawn) for drawn in seen])
     assert len(seen) == 4 and (counts % 3 == 0).all() and (counts > 3).any()
 
@@ -729,7 +861,9 @@ def test_a_bootstrap_holds_both_labels():
 
 def test_an_ensemble_of_ridges_draws_prompts():
     rows, golden = ratings(noise=1.0)
-    model = Ensemble(Regression_Ridge(within=True), n=3, bootstrap=True).fit(rows, golden[..., None])
+    model = Ensemble(Regression_Ridge(within=True), n=3, bootstrap=True).fit(
+        rows, golden[..., None]
+    )
     assert model.predict(rows).shape == (40, 6, 1)
     assert spearmanr(model.predict(rows).ravel(), (rows @ WEIGHTS).ravel()).statistic > 0.95
 
@@ -737,18 +871,23 @@ def test_an_ensemble_of_ridges_draws_prompts():
 @pytest.mark.parametrize("change", [{"aggregation": "median"}, {"n": 0}])
 def test_refuses_other_aggregations_and_no_members(problem, change):
     rows, index, labels, _ = problem
-    with pytest.raises(ValueError, match="expected n of at least 1 and aggregation mean, min, uwo, lcb or first"):
+    with pytest.raises(
+        ValueError, match="expected n of at least 1 and aggregation mean, min, uwo, lcb or first"
+    ):
         Ensemble(BT_Linear(), bootstrap=True, **change).fit(index, labels, embeddings=rows)
 
 
-# -------------------------------------------------------------------------------------------------------- names, files
+# ------------------------------------------------------------------------------------- names, files
 
 
 def test_names_of_models():
     assert registry.model_class("mlp", "clf") is CLF_MLP
     assert registry.model_class("laplace", "bt") is BT_Laplace
     for name in (("lgbm", "bt"), ("tree", "bt"), ("ridge", "clf")):
-        with pytest.raises(InputError, match=f"expected one of mlp bt, mlp clf, linear bt, .* found {' '.join(name)}"):
+        with pytest.raises(
+            InputError,
+            match=f"expected one of mlp bt, mlp clf, linear bt, .* found {' '.join(name)}",
+        ):
             registry.model_class(*name)
 
 
@@ -773,7 +912,11 @@ def test_what_is_saved_scores_the_same_and_in_the_same_bytes(tmp_path, problem, 
     np.testing.assert_array_equal(loaded.predict(rows), model.predict(rows))
     assert model_files.save(tmp_path / "b", loaded).read_bytes() == path.read_bytes()
     if name == "BT_Laplace":
-        for a, b in zip(loaded.predict_difference(index, rows), model.predict_difference(index, rows), strict=True):
+        for a, b in zip(
+            loaded.predict_difference(index, rows),
+            model.predict_difference(index, rows),
+            strict=True,
+        ):
             np.testing.assert_array_equal(a, b)
     with pytest.raises(InputError, match="expected a model of 5-dimensional embeddings, found 6"):
         model_files.load(path, 5)
@@ -792,7 +935,9 @@ def test_ridge_is_saved_too(tmp_path):
 @trees
 def test_damaged_trees_are_never_given_to_lightgbm(tmp_path, problem, monkeypatch):
     rows, index, labels, _ = problem
-    path = model_files.save(tmp_path / "a", CLF_LGBM(n_estimators=3).fit(index, labels, embeddings=rows))
+    path = model_files.save(
+        tmp_path / "a", CLF_LGBM(n_estimators=3).fit(index, labels, embeddings=rows)
+    )
     content = path.read_bytes()
     monkeypatch.setattr("lightgbm.Booster", lambda **_: pytest.fail("parsed a damaged file"))
     for damaged in (
@@ -814,7 +959,9 @@ def test_models_without_a_portable_form_say_so(tmp_path, problem):
         BT_Laplace(features=BT_MLP(**SMALL)),
         Ensemble(BT_Linear(), n=2, bootstrap=True),
     ):
-        with pytest.raises(ValueError, match=f"{type(model).__name__}: expected a linear model .*use joblib.dump"):
+        with pytest.raises(
+            ValueError, match=f"{type(model).__name__}: expected a linear model .*use joblib.dump"
+        ):
             model_files.save(tmp_path / "a", model.fit(index, labels, embeddings=rows))
     with pytest.raises(NotFittedError):
         model_files.save(tmp_path / "a", BT_Linear())
@@ -836,7 +983,10 @@ def write(path, **arrays):
         ({"coef_": np.zeros((3, 1))}, r"expected the arrays of one of .*'coef_': \(3, 1\)"),
         ({"coef_": np.zeros(0)}, "expected the arrays of one of"),
         ({"center_": np.zeros(3)}, "expected the arrays of one of"),
-        ({"model": "BT_Laplace", "center_": np.zeros(3), "covariance_": np.zeros((3, 2))}, "expected the arrays"),
+        (
+            {"model": "BT_Laplace", "center_": np.zeros(3), "covariance_": np.zeros((3, 2))},
+            "expected the arrays",
+        ),
         ({"coef_": np.array([0, 1, np.nan])}, "expected finite numbers"),
         ({"coef_": np.array(["a", "b", "c"])}, "expected finite numbers"),
     ],
@@ -868,7 +1018,7 @@ def test_a_file_that_is_not_there(tmp_path):
             model_files.load(tmp_path / name, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------- benchmark
+# ---------------------------------------------------------------------------------------- benchmark
 
 
 def test_the_benchmark_measures_every_setting_beside_the_baselines(tmp_path, capsys):
@@ -877,9 +1027,20 @@ def test_the_benchmark_measures_every_setting_beside_the_baselines(tmp_path, cap
         np.save(tmp_path / f"EMBD_toy_mini_mix_{split}.npy", rows)
         np.save(tmp_path / f"REWARD_toy_judge_mix_{split}.npy", (rows @ WEIGHTS).astype(np.float32))
     np.save(tmp_path / "lengths.npy", np.arange(50.0).reshape(5, 10))
-    names = ["--task", "toy", "--gen_model", "mix", "--embed_model", "mini", "--lengths", str(tmp_path / "lengths.npy")]
+    names = [
+        "--task",
+        "toy",
+        "--gen_model",
+        "mix",
+        "--embed_model",
+        "mini",
+        "--lengths",
+        str(tmp_path / "lengths.npy"),
+    ]
     chosen = ["--models", "BT_Linear", "BT_MLP", "ridge", "--qualities", "5", "-1", "--seeds", "2"]
-    benchmark.main(["--data", str(tmp_path), *names, *chosen, "--output", str(tmp_path / "out.json")])
+    benchmark.main(
+        ["--data", str(tmp_path), *names, *chosen, "--output", str(tmp_path / "out.json")]
+    )
     found = json.loads((tmp_path / "out.json").read_text())
     assert list(found["baselines"]) == ["random", "length", "oracle"]
     assert found["baselines"]["oracle"]["spearman"] == pytest.approx(1)
@@ -891,4 +1052,7 @@ def test_the_benchmark_measures_every_setting_beside_the_baselines(tmp_path, cap
         assert (setting["label_error"] == 0) == (setting["quality"] < 0)
         assert setting["models"]["BT_Linear"]["spearman"] > 0.7
         assert setting["models"]["ridge"]["spearman_ci95"][0] > 0.95
-    assert "sameprompt, annotation quality -1: label error 0.000, mean of 2 seeds" in capsys.readouterr().out
+    assert (
+        "sameprompt, annotation quality -1: label error 0.000, mean of 2 seeds"
+        in capsys.readouterr().out
+    )

@@ -55,7 +55,7 @@ def state(**changed):
     return {name: torch.zeros(shape) for name, shape in shapes.items() if shape is not None}
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def test_a_plain_state_dict_of_the_published_shape_scores_as_its_layers_do(tmp_path):
@@ -63,9 +63,13 @@ def test_a_plain_state_dict_of_the_published_shape_scores_as_its_layers_do(tmp_p
     torch.manual_seed(0)
     with torch.no_grad():
         layers = [torch.nn.Linear(8, 1024), torch.nn.Linear(1024, 512), torch.nn.Linear(512, 1)]
-        reference = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
+        reference = torch.nn.Sequential(
+            layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2]
+        )
         plain = {
-            f"fc{i}.{name}": value for i, layer in enumerate(layers, 1) for name, value in layer.named_parameters()
+            f"fc{i}.{name}": value
+            for i, layer in enumerate(layers, 1)
+            for name, value in layer.named_parameters()
         }
         torch.save(plain, tmp_path / "published.ckpt")
         rows = rng().standard_normal((20, 8)).astype(np.float32)
@@ -94,7 +98,9 @@ def test_saving_leaves_the_random_numbers_and_the_bytes_alone(tmp_path):
 
 
 def test_half_precision_checkpoints_are_read(tmp_path):
-    torch.save({name: value.half() for name, value in model(3).state_dict().items()}, tmp_path / "a.ckpt")
+    torch.save(
+        {name: value.half() for name, value in model(3).state_dict().items()}, tmp_path / "a.ckpt"
+    )
     rows = rng().standard_normal((9, D)).astype(np.float32)
     found = mlp.predict(model_files.load_mlp(tmp_path / "a.ckpt", D), rows)
     np.testing.assert_allclose(found, mlp.predict(model(3), rows), atol=2e-3)
@@ -108,10 +114,16 @@ def test_a_checkpoint_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"fc1_weight": (5, 7)}, r"expected a model of 2-dimensional embeddings, found fc1\.weight of shape \(5, 7\)"),
+        (
+            {"fc1_weight": (5, 7)},
+            r"expected a model of 2-dimensional embeddings, found fc1\.weight of shape \(5, 7\)",
+        ),
         ({"fc1_weight": (5,)}, r"expected a model of 2-dim.*found fc1\.weight of shape \(5,\)"),
         ({"fc1_bias": ()}, "layers do not fit together .*fc1.bias"),
-        ({"fc3_bias": None}, r"expected a state_dict with fc1\.weight, .* found \['fc1\.bias', 'fc1\.weight'"),
+        (
+            {"fc3_bias": None},
+            r"expected a state_dict with fc1\.weight, .* found \['fc1\.bias', 'fc1\.weight'",
+        ),
         ({"fc4_bias": (1,)}, r"expected a state_dict with .*'fc4\.bias'"),
         ({"fc2_weight": (4, 6)}, "layers do not fit together .*fc2.weight"),
         ({"fc3_weight": (2, 4), "fc3_bias": (2,)}, "layers do not fit together .*fc3.weight"),
@@ -155,7 +167,9 @@ GARBAGE = {
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_bytes_that_are_no_checkpoint(tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.ckpt: expected a torch checkpoint, found an unreadable file"):
+    with pytest.raises(
+        InputError, match=r"a\.ckpt: expected a torch checkpoint, found an unreadable file"
+    ):
         model_files.load_mlp(tmp_path / "a.ckpt", D)
 
 
@@ -190,7 +204,7 @@ def test_a_pickled_object_is_refused_and_never_run(tmp_path, modern):
     assert mark.exists(), "the planted object does nothing, so the test above shows nothing"
 
 
-# --------------------------------------------------------------------------------------------------- find_checkpoints
+# --------------------------------------------------------------------------------- find_checkpoints
 
 
 def touch(folder, *names):
@@ -201,7 +215,9 @@ def touch(folder, *names):
 
 
 def test_globs_come_in_natural_order(tmp_path):
-    touch(tmp_path, *(f"m_bt_{i}_seed6.ckpt" for i in (0, 1, 2, 9, 10, 11, 100)), "m_bt_1_seed6.json")
+    touch(
+        tmp_path, *(f"m_bt_{i}_seed6.ckpt" for i in (0, 1, 2, 9, 10, 11, 100)), "m_bt_1_seed6.json"
+    )
     found = model_files.find_checkpoints([tmp_path / "m_bt_*_seed6.ckpt"])
     assert [int(path.name.split("_")[2]) for path in found] == [0, 1, 2, 9, 10, 11, 100]
 
@@ -223,7 +239,7 @@ def test_a_pattern_without_a_match_is_refused(tmp_path):
         model_files.find_checkpoints([tmp_path / "a.ckpt", tmp_path / "b*.ckpt"])
 
 
-# ------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 def test_members_have_mean_0_and_sd_1_over_the_given_prompts_and_keep_their_order(tmp_path):
@@ -244,7 +260,9 @@ def test_the_scale_is_that_of_the_given_prompts_whatever_is_scored(tmp_path):
     ensemble = scoring.load(save_models(tmp_path), data, np.array([0, 1, 2]))
     every = scoring.score(ensemble, data, np.arange(N))
     np.testing.assert_allclose(every[:, :3], scoring.score(ensemble, data, [0, 1, 2]), atol=1e-6)
-    np.testing.assert_allclose(scoring.score_rows(ensemble, data.embeddings[1]), every[:, :, 1], atol=1e-5)
+    np.testing.assert_allclose(
+        scoring.score_rows(ensemble, data.embeddings[1]), every[:, :, 1], atol=1e-5
+    )
 
 
 def test_blocks_do_not_change_scores(tmp_path, monkeypatch):
@@ -252,8 +270,12 @@ def test_blocks_do_not_change_scores(tmp_path, monkeypatch):
     ensemble = scoring.load(save_models(tmp_path), data, np.arange(50))
     whole = scoring.score(ensemble, data, np.arange(49, -1, -1))
     monkeypatch.setattr(embeddings, "READ_BYTES", 7 * 4 * D)
-    np.testing.assert_allclose(scoring.score(ensemble, data, np.arange(49, -1, -1)), whole, atol=1e-5)
-    np.testing.assert_allclose(scoring.score(ensemble, data, np.arange(50)), whole[:, ::-1], atol=1e-5)
+    np.testing.assert_allclose(
+        scoring.score(ensemble, data, np.arange(49, -1, -1)), whole, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        scoring.score(ensemble, data, np.arange(50)), whole[:, ::-1], atol=1e-5
+    )
 
 
 def test_stored_models_score_as_loaded_ones_and_are_read_when_asked_for(tmp_path):
@@ -261,7 +283,9 @@ def test_stored_models_score_as_loaded_ones_and_are_read_when_asked_for(tmp_path
     loaded = scoring.load(paths, data, np.arange(N))
     stored = scoring.Ensemble(model_files.Stored(paths, D), loaded.centre, loaded.spread)
     rows = data.embeddings[0]
-    np.testing.assert_array_equal(scoring.score_rows(stored, rows), scoring.score_rows(loaded, rows))
+    np.testing.assert_array_equal(
+        scoring.score_rows(stored, rows), scoring.score_rows(loaded, rows)
+    )
     paths[1].unlink()
     assert len(stored.models) == 3 and same_state(stored.models[2], loaded.models[2])
     with pytest.raises(InputError, match=r"member_1\.ckpt not found"):
@@ -284,7 +308,9 @@ def test_a_member_that_scores_nan_is_named(tmp_path):
     broken = model(1).state_dict()
     broken["fc3.bias"][:] = np.nan
     torch.save(broken, paths[1])
-    with pytest.raises(InputError, match=r"member_1\.ckpt: expected finite scores, found NaN or inf"):
+    with pytest.raises(
+        InputError, match=r"member_1\.ckpt: expected finite scores, found NaN or inf"
+    ):
         scoring.load(paths, responses(), np.arange(N))
 
 
@@ -326,7 +352,9 @@ def test_members_are_held_in_the_type_that_they_compute_in(tmp_path, dtype):
     for ensemble in (loaded, scoring.load_members(tmp_path, record, D, dtype)):
         assert {made.fc1.weight.dtype for made in ensemble.models} == {dtype}
         stored = scoring.Ensemble(model_files.Stored(paths, D), loaded.centre, loaded.spread, dtype)
-        np.testing.assert_array_equal(scoring.score(ensemble, data, [2, 0]), scoring.score(stored, data, [2, 0]))
+        np.testing.assert_array_equal(
+            scoring.score(ensemble, data, [2, 0]), scoring.score(stored, data, [2, 0])
+        )
 
 
 @pytest.mark.parametrize("dtype", mlp.TYPES.values(), ids=mlp.TYPES)
@@ -351,7 +379,9 @@ def test_networks_and_linear_scorers_score_any_responses_in_one_pass(monkeypatch
     np.testing.assert_allclose(found[1], rows @ weights, rtol=1e-5, atol=1e-5)
     for i, made in ((0, model(0)), (2, model(1))):
         np.testing.assert_allclose(found[i], mlp.predict(made, rows, dtype), rtol=1e-2, atol=1e-2)
-        assert np.abs(found[i] - mlp.predict(made, rows)).max() < (1e-5 if dtype == torch.float32 else 0.02)
+        assert np.abs(found[i] - mlp.predict(made, rows)).max() < (
+            1e-5 if dtype == torch.float32 else 0.02
+        )
 
 
 def test_raw_scores_are_in_the_place_of_their_response():
@@ -391,7 +421,7 @@ def test_a_member_that_says_nothing_is_never_the_closest():
     assert scoring.closest_member(scores) in (1, 2)
 
 
-# -------------------------------------------------------------------------------------------------------- unseen_mean
+# -------------------------------------------------------------------------------------- unseen_mean
 
 
 def correlated(rho, members=6, n=3000, k=2):
@@ -402,7 +432,9 @@ def correlated(rho, members=6, n=3000, k=2):
 
 def test_where_nothing_was_seen_it_is_the_plain_mean():
     scores = correlated(0.5, n=10)
-    np.testing.assert_allclose(scoring.unseen_mean(scores, np.zeros((6, 10), bool)), scores.mean(0), atol=1e-15)
+    np.testing.assert_allclose(
+        scoring.unseen_mean(scores, np.zeros((6, 10), bool)), scores.mean(0), atol=1e-15
+    )
 
 
 def test_only_members_that_never_saw_the_prompt_count():
@@ -457,7 +489,7 @@ def test_a_member_that_says_nothing_takes_no_prompt_out():
     assert np.isfinite(scoring.unseen_mean(scores, seen)).all()
 
 
-# ------------------------------------------------------------------------------------------------------ orm: the names
+# ----------------------------------------------------------------------------------- orm: the names
 
 SETTINGS = {
     "rm_model": "mlp",
@@ -471,24 +503,32 @@ def test_checkpoint_names_follow_the_documented_pattern():
         run_record.stem(SETTINGS, 8, 3)
         == "XPrompt_mlp_bt_3_seed6_firstn_2_n_8_pair_10_replacement_false_epoch2_lr0.001"
     )
-    other = {**SETTINGS, "pairing": "sameprompt", "rm_objective": "clf", "consider_first_n": -1, "replacement": True}
+    other = {
+        **SETTINGS,
+        "pairing": "sameprompt",
+        "rm_objective": "clf",
+        "consider_first_n": -1,
+        "replacement": True,
+    }
     name = run_record.stem(other, 100, 12)
-    assert name == "SamePrompt_mlp_clf_12_seed6_firstn_-1_n_100_pair_10_replacement_true_epoch2_lr0.001"
-    assert "_bt_seed6_" in run_record.stem(SETTINGS, 8)
-    pattern = (
-        r"(X|Same)Prompt_mlp_(bt|clf)_\d+_seed\d+_firstn_-?\d_n_\d+_pair_\d+_replacement_(true|false)_epoch\d+_lr\S+"
+    assert (
+        name
+        == "SamePrompt_mlp_clf_12_seed6_firstn_-1_n_100_pair_10_replacement_true_epoch2_lr0.001"
     )
+    assert "_bt_seed6_" in run_record.stem(SETTINGS, 8)
+    pattern = r"(X|Same)Prompt_mlp_(bt|clf)_\d+_seed\d+_firstn_-?\d_n_\d+_pair_\d+_replacement_(true|false)_epoch\d+_lr\S+"
     assert re.fullmatch(pattern, name)
 
 
 def test_a_number_has_one_spelling_in_names():
     names = {
-        run_record.stem({**SETTINGS, "learning_rate": float(text)}, 8) for text in ("1e-3", "0.001", "0.0010", ".001")
+        run_record.stem({**SETTINGS, "learning_rate": float(text)}, 8)
+        for text in ("1e-3", "0.001", "0.0010", ".001")
     }
     assert len(names) == 1
 
 
-# ----------------------------------------------------------------------------------------------- orm: which prompts
+# ------------------------------------------------------------------------------- orm: which prompts
 
 
 def split_of(n=20):
@@ -519,7 +559,9 @@ def test_student_train_prompts_are_taken_first_and_held_out_ones_never():
 
 
 def record_of(prompts, folds, validation_folds):
-    members = [{"file": f"{i}.ckpt", "validation_fold": fold} for i, fold in enumerate(validation_folds)]
+    members = [
+        {"file": f"{i}.ckpt", "validation_fold": fold} for i, fold in enumerate(validation_folds)
+    ]
     return {"prompts": np.array(prompts), "folds": np.array(folds), "members": members}
 
 
@@ -538,12 +580,13 @@ def test_held_out_prompts_among_the_fitted_ones_are_a_leak():
     fitted = np.concatenate([split["student_train"], split["held_out"][1:3]])
     run_record.check_split(record_of(split["calibration"], np.zeros(12, int), [0]), split)
     with pytest.raises(
-        InputError, match=rf"leakage: 2 held-out prompts \(first: {min(fitted[-2:])}\) entered the training"
+        InputError,
+        match=rf"leakage: 2 held-out prompts \(first: {min(fitted[-2:])}\) entered the training",
     ):
         run_record.check_split(record_of(fitted, np.zeros(len(fitted), int), [0]), split)
 
 
-# ------------------------------------------------------------------------------------------- orm: the record of step 5
+# ------------------------------------------------------------------------ orm: the record of step 5
 
 
 @pytest.fixture
@@ -557,14 +600,19 @@ def run(tmp_path):
     record = record_of(run_record.choose_prompts(split, 8, rng()), np.arange(8) % 2, [0, 1])
     artifacts.write_json(tmp_path / "orm.json", record)
     work = artifacts.identity(run_record.__file__, SETTINGS, data.digests)
-    artifacts.record(tmp_path, "step5", {**work, "record": "orm.json"}, ["orm.json", splits.FILE], time.time())
+    artifacts.record(
+        tmp_path, "step5", {**work, "record": "orm.json"}, ["orm.json", splits.FILE], time.time()
+    )
     return tmp_path, data
 
 
 def test_a_run_is_opened_with_its_split_and_record(run):
     out, data = run
     split, record = run_record.open_run(out, dict(SETTINGS), data)
-    assert set(record["prompts"]) >= set(split["student_train"]) and record["folds"].tolist() == [0, 1] * 4
+    assert (
+        set(record["prompts"]) >= set(split["student_train"])
+        and record["folds"].tolist() == [0, 1] * 4
+    )
     assert [member["validation_fold"] for member in record["members"]] == [0, 1]
 
 
@@ -580,13 +628,18 @@ def test_opening_resolves_n_sample_in_place(run):
     ("changed", "message"),
     [
         ({"seed": 7}, "seed 6, not 7"),
-        ({"learning_rate": 0.002, "task": "x"}, "task 'helpful', not 'x'; learning_rate 0.001, not"),
+        (
+            {"learning_rate": 0.002, "task": "x"},
+            "task 'helpful', not 'x'; learning_rate 0.001, not",
+        ),
     ],
     ids=["seed", "two"],
 )
 def test_reward_models_of_other_settings_are_refused(run, changed, message):
     out, data = run
-    with pytest.raises(InputError, match=f"expected reward models of these settings, found {message}"):
+    with pytest.raises(
+        InputError, match=f"expected reward models of these settings, found {message}"
+    ):
         run_record.open_run(out, {**SETTINGS, **changed}, data)
 
 
@@ -599,14 +652,18 @@ def test_reward_models_of_other_data_are_refused(run):
 
 
 def test_data_with_another_number_of_prompts_are_refused(run):
-    with pytest.raises(InputError, match="expected each of 21 prompts once, found another data set"):
+    with pytest.raises(
+        InputError, match="expected each of 21 prompts once, found another data set"
+    ):
         run_record.open_run(run[0], dict(SETTINGS), responses(n=21))
 
 
 def test_without_a_finished_step_5(run):
     out, data = run
     os.remove(out / "manifest.json")
-    with pytest.raises(InputError, match="no finished reward models found; run step 5 with the same settings first"):
+    with pytest.raises(
+        InputError, match="no finished reward models found; run step 5 with the same settings first"
+    ):
         run_record.open_run(out, dict(SETTINGS), data)
 
 

@@ -20,7 +20,9 @@ def problem(n=300, d=6, m=500, mean=0.0, dtype=np.float32):
 
 
 def by_scikit_learn(rows, labels, alpha, intercept):
-    model = LogisticRegression(C=1 / alpha, fit_intercept=intercept, solver="newton-cholesky", tol=1e-12, max_iter=1000)
+    model = LogisticRegression(
+        C=1 / alpha, fit_intercept=intercept, solver="newton-cholesky", tol=1e-12, max_iter=1000
+    )
     return model.fit(rows, labels)
 
 
@@ -29,7 +31,9 @@ def by_scikit_learn(rows, labels, alpha, intercept):
 def test_bradley_terry_is_logistic_regression_on_differences(alpha, mean):
     rows, pairs, labels = problem(mean=mean)
     found, intercept = solvers.fit_bt(rows, pairs, labels, alpha)
-    expected = by_scikit_learn(rows[pairs[:, 0]].astype(float) - rows[pairs[:, 1]], labels, alpha, False).coef_[0]
+    expected = by_scikit_learn(
+        rows[pairs[:, 0]].astype(float) - rows[pairs[:, 1]], labels, alpha, False
+    ).coef_[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
     assert intercept == 0
 
@@ -41,7 +45,9 @@ def test_classification_is_logistic_regression_on_responses(alpha, mean):
     found, intercept = solvers.fit_clf(rows, pairs, labels, alpha)
     single = rows[pairs.ravel()].astype(float), solvers.one_by_one(labels)
     expected = by_scikit_learn(*single, alpha, True)
-    np.testing.assert_allclose(found, expected.coef_[0], rtol=1e-5, atol=1e-7 * np.abs(expected.coef_).max())
+    np.testing.assert_allclose(
+        found, expected.coef_[0], rtol=1e-5, atol=1e-7 * np.abs(expected.coef_).max()
+    )
     assert intercept == pytest.approx(expected.intercept_[0], abs=1e-5)
 
 
@@ -50,7 +56,9 @@ def test_the_optimum_by_hand():
     rows, pairs = np.array([[0.0], [1.0]], np.float32), np.array([[1, 0]] * 4)
     weights, _ = solvers.fit_bt(rows, pairs, np.array([1.0, 1, 1, 0]), 1e-9)
     assert weights[0] == pytest.approx(np.log(3), rel=1e-6)
-    assert solvers.logistic_hessian(rows, pairs, weights)[0, 0] == pytest.approx(4 * 3 / 16, rel=1e-6)
+    assert solvers.logistic_hessian(rows, pairs, weights)[0, 0] == pytest.approx(
+        4 * 3 / 16, rel=1e-6
+    )
 
 
 def test_more_dimensions_than_pairs_and_scales_far_apart():
@@ -58,7 +66,9 @@ def test_more_dimensions_than_pairs_and_scales_far_apart():
     scale = np.exp(rng(3).uniform(-3, 3, 200)).astype(np.float32)
     found, _ = solvers.fit_bt(rows * scale, pairs, labels, 0.1)
     scaled = (rows * scale).astype(float)
-    expected = by_scikit_learn(scaled[pairs[:, 0]] - scaled[pairs[:, 1]], labels, 0.1, False).coef_[0]
+    expected = by_scikit_learn(scaled[pairs[:, 0]] - scaled[pairs[:, 1]], labels, 0.1, False).coef_[
+        0
+    ]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
@@ -89,12 +99,18 @@ def test_moments_count_a_row_as_often_as_it_is_taken(monkeypatch):
 def test_the_hessian_is_the_derivative_of_the_gradient(monkeypatch):
     monkeypatch.setattr(solvers, "BLOCK_ROWS", 64)
     rows, pairs, _ = problem(d=3)
-    z, w, eps = rows[pairs[:, 0]].astype(float) - rows[pairs[:, 1]], np.array([0.3, -0.2, 0.1]), 1e-6
+    z, w, eps = (
+        rows[pairs[:, 0]].astype(float) - rows[pairs[:, 1]],
+        np.array([0.3, -0.2, 0.1]),
+        1e-6,
+    )
 
     def gradient(w):
         return z.T @ (1 / (1 + np.exp(-z @ w)))
 
-    numeric = np.stack([(gradient(w + eps * e) - gradient(w - eps * e)) / (2 * eps) for e in np.eye(3)])
+    numeric = np.stack(
+        [(gradient(w + eps * e) - gradient(w - eps * e)) / (2 * eps) for e in np.eye(3)]
+    )
     np.testing.assert_allclose(solvers.logistic_hessian(rows, pairs, w), numeric, rtol=1e-6)
 
 
@@ -103,7 +119,9 @@ def test_float32_gradients_serve_a_rough_tolerance():
     exact, _ = solvers.fit_bt(rows, pairs, labels, 1.0)
     for data in (rows.astype(np.float32), rows.astype(np.float16)):
         known = solvers.moments(data)
-        rough, _ = solvers.fit_bt(data, pairs, labels, 1.0, tolerance=solvers.ROUGH, known_moments=known)
+        rough, _ = solvers.fit_bt(
+            data, pairs, labels, 1.0, tolerance=solvers.ROUGH, known_moments=known
+        )
         np.testing.assert_allclose(rough, exact, atol=2e-3 * np.abs(exact).max())
 
 
@@ -115,7 +133,9 @@ def test_held_out_logits_are_of_models_that_did_not_see_the_pair():
     seen = folds != 2
     weights, _ = solvers.fit_bt(rows, pairs[seen], labels[seen], 0.01 * seen.sum())
     scores = rows @ weights
-    np.testing.assert_allclose(found[1, ~seen], scores[pairs[~seen, 0]] - scores[pairs[~seen, 1]], rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(
+        found[1, ~seen], scores[pairs[~seen, 0]] - scores[pairs[~seen, 1]], rtol=1e-2, atol=1e-3
+    )
 
 
 def test_the_rescaled_loss_knows_no_scale():
@@ -124,7 +144,9 @@ def test_the_rescaled_loss_knows_no_scale():
     found = solvers.rescaled_loss(logits, labels)
     np.testing.assert_allclose(solvers.rescaled_loss(1000 * logits, labels), found, rtol=1e-4)
     slope = LogisticRegression(C=1e10, fit_intercept=False).fit(logits[:, None], labels).coef_[0, 0]
-    assert found.sum() == pytest.approx(solvers.logistic_loss(slope * logits, labels).sum(), rel=1e-6)
+    assert found.sum() == pytest.approx(
+        solvers.logistic_loss(slope * logits, labels).sum(), rel=1e-6
+    )
     assert solvers.rescaled_loss(-logits, labels).sum() == pytest.approx(200 * np.log(2), rel=1e-3)
     assert solvers.rescaled_loss(0 * logits, labels).sum() == pytest.approx(200 * np.log(2))
 
@@ -160,7 +182,9 @@ def test_the_ridge_strength_is_the_best_on_held_out_folds():
             error = 0.0
             for f in range(4):
                 fit, held = folds != f, folds == f
-                model = Ridge(strength * fit.sum() * rows[fit].var(0).sum()).fit(rows[fit], targets[fit])
+                model = Ridge(strength * fit.sum() * rows[fit].var(0).sum()).fit(
+                    rows[fit], targets[fit]
+                )
                 error += ((targets[held] - model.predict(rows[held])) ** 2).sum()
             losses.append(error)
         chosen = solvers.choose_ridge_strength(sums)

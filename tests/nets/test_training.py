@@ -39,14 +39,20 @@ def rng(seed=0):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- the module
+# --------------------------------------------------------------------------------------- the module
 
 
 def test_the_mlp_has_the_published_layers_and_names():
-    shapes = {name: tuple(value.shape) for name, value in mlp.MLP(D, generator=generator()).named_parameters()}
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in mlp.MLP(D, generator=generator()).named_parameters()
+    }
     assert shapes == {
         "fc1.weight": (1024, D), "fc1.bias": (1024,), "fc2.weight": (512, 1024), "fc2.bias": (512,),
         "fc3.weight": (1, 512), "fc3.bias": (1,),
@@ -73,13 +79,15 @@ def test_weights_are_drawn_as_torch_draws_them():
     assert not same(model, mlp.MLP(100, generator=generator(1)))
 
 
-# ---------------------------------------------------------------------------------------------------------- the losses
+# --------------------------------------------------------------------------------------- the losses
 
 
 def test_bradley_terry_is_the_softplus_of_the_wrong_way():
     scores = torch.tensor([[1.0, -2], [0.5, 0.5], [0, 4]], dtype=torch.float64)
     expected = [math.log1p(math.exp(-3)), math.log(2), math.log1p(math.exp(4))]
-    assert bt_loss(scores, torch.ones(3, dtype=torch.float64)).item() == pytest.approx(sum(expected) / 3)
+    assert bt_loss(scores, torch.ones(3, dtype=torch.float64)).item() == pytest.approx(
+        sum(expected) / 3
+    )
 
 
 def test_classification_scores_each_response_on_its_own():
@@ -87,15 +95,22 @@ def test_classification_scores_each_response_on_its_own():
     expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(-2))) / 2
     assert clf_loss(scores, torch.ones(1, dtype=torch.float64)).item() == pytest.approx(expected)
     both = clf_loss(scores + 5, torch.ones(1, dtype=torch.float64))
-    assert both.item() != pytest.approx(expected, rel=0.1), "a shift of both scores is no matter for Bradley-Terry only"
+    assert both.item() != pytest.approx(expected, rel=0.1), (
+        "a shift of both scores is no matter for Bradley-Terry only"
+    )
     shifted = bt_loss(scores + 5, torch.ones(1, dtype=torch.float64))
     assert shifted.item() == pytest.approx(math.log1p(math.exp(-3)))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_swapping_the_sides_and_the_label_changes_nothing(loss):
-    scores, labels = torch.randn(50, 2, generator=generator()), torch.randint(2, (50,), generator=generator(1)).float()
-    assert loss(scores.flip(1), 1 - labels).item() == pytest.approx(loss(scores, labels).item(), rel=1e-6)
+    scores, labels = (
+        torch.randn(50, 2, generator=generator()),
+        torch.randint(2, (50,), generator=generator(1)).float(),
+    )
+    assert loss(scores.flip(1), 1 - labels).item() == pytest.approx(
+        loss(scores, labels).item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("loss", "worst"), [(bt_loss, 2e4), (clf_loss, 1e4)], ids=["bt", "clf"])
@@ -109,7 +124,7 @@ def test_losses_are_finite_and_teach_where_the_model_is_confidently_wrong(loss, 
     assert loss(scores.detach().flip(1), torch.ones(1)).item() == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 class Probe:
@@ -128,7 +143,11 @@ class Probe:
     def validate(self):
         self.weights.append(self.model.weight.item())
         epoch = len(self.weights) - 1
-        return {"validation_loss": self.losses[epoch], "quality": self.quality[epoch]} if self.quality else {}
+        return (
+            {"validation_loss": self.losses[epoch], "quality": self.quality[epoch]}
+            if self.quality
+            else {}
+        )
 
     def train(self, n=10, seed=0, **settings):
         settings = Training(**{"epochs": 4, "learning_rate": 0.1, "batch_size": 4, **settings})
@@ -194,7 +213,9 @@ def test_the_rate_warms_up_over_a_tenth_and_falls_along_a_cosine():
     rates = [entry["learning_rate"] for entry in Probe().train(epochs=4, batch_size=2)]
     expected = [0.05 * (1 + math.cos(math.pi * (step - 2) / 18)) for step in (4, 9, 14, 19)]
     assert rates == pytest.approx(expected)
-    assert [entry["learning_rate"] for entry in Probe().train(epochs=2, batch_size=10)] == pytest.approx([0.1, 0.1])
+    assert [
+        entry["learning_rate"] for entry in Probe().train(epochs=2, batch_size=10)
+    ] == pytest.approx([0.1, 0.1])
 
 
 def test_the_first_step_of_a_long_training_is_small():
@@ -234,11 +255,13 @@ def test_one_step_of_training_is_enough():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_training_that_diverges_is_an_error(loss):
-    with pytest.raises(FloatingPointError, match=f"diverged: validation loss {loss:g} .*learning rate"):
+    with pytest.raises(
+        FloatingPointError, match=f"diverged: validation loss {loss:g} .*learning rate"
+    ):
         Probe(quality=[-loss] * 4, losses=[loss] * 4).train()
 
 
-# ----------------------------------------------------------------------------------------------------------- ensembles
+# ---------------------------------------------------------------------------------------- ensembles
 
 
 def preferences(n=700, d=D, seed=0):
@@ -275,7 +298,9 @@ def test_both_objectives_learn_a_linear_reward(objective):
 def test_the_log_validates_on_the_held_pairs_with_ties_as_one_half():
     rows, pairs, labels, _ = preferences(n=100)
     pairs[0] = pairs[0, 0]
-    [(model, log)] = train_ensemble(rows, pairs, labels, members(50, 1), "bt", Training(1, 1e-3, 16))
+    [(model, log)] = train_ensemble(
+        rows, pairs, labels, members(50, 1), "bt", Training(1, 1e-3, 16)
+    )
     held = np.arange(10)
     gap = mlp.predict(model, rows[pairs[held, 0]]) - mlp.predict(model, rows[pairs[held, 1]])
     right = np.where(gap == 0, 0.5, (gap > 0) == (labels[held] == 1))
@@ -291,9 +316,15 @@ def test_a_member_is_the_epoch_that_orders_the_validation_pairs_best():
     noisy = np.where(rng(3).random(200) < 0.4, 1 - labels, labels)
     settings = Training(12, 3e-3, 16, patience=12)
     [(model, log)] = train_ensemble(rows, pairs, noisy, members(200, 1), "bt", settings)
-    accuracies, losses = ([entry[f"validation_{name}"] for entry in log] for name in ("accuracy", "loss"))
+    accuracies, losses = (
+        [entry[f"validation_{name}"] for entry in log] for name in ("accuracy", "loss")
+    )
     best = int(np.argmax(accuracies))
-    assert [epoch for epoch, entry in enumerate(log) if entry["best"]][-1] == best != int(np.argmin(losses))
+    assert (
+        [epoch for epoch, entry in enumerate(log) if entry["best"]][-1]
+        == best
+        != int(np.argmin(losses))
+    )
     gap = mlp.predict(model, rows[pairs[:40, 0]]) - mlp.predict(model, rows[pairs[:40, 1]])
     assert np.mean((gap > 0) == noisy[:40]) == pytest.approx(accuracies[best])
 
@@ -304,7 +335,9 @@ def test_a_member_depends_on_its_seed_and_data_alone(dtype):
     rows, pairs, labels, _ = preferences(n=60)
     rows = torch.from_numpy(rows).to(dtype)
     settings = Training(2, 1e-3, 16)
-    three = [m for m, _ in train_ensemble(rows, pairs, labels, members(30, 1, 2, 1), "bt", settings)]
+    three = [
+        m for m, _ in train_ensemble(rows, pairs, labels, members(30, 1, 2, 1), "bt", settings)
+    ]
     [(alone, _)] = train_ensemble(rows, pairs, labels, members(30, 2), "bt", settings)
     assert same(three[0], three[2]) and same(three[1], alone)
     assert not same(three[0], three[1])
@@ -315,7 +348,9 @@ def test_a_member_never_sees_its_validation_pairs_but_by_choosing_the_epoch():
     settings = Training(1, 1e-3, 8)
     turned = labels.copy()
     turned[:6] = 1 - turned[:6]
-    trained = [train_ensemble(rows, pairs, y, members(30, 1), "bt", settings) for y in (labels, turned)]
+    trained = [
+        train_ensemble(rows, pairs, y, members(30, 1), "bt", settings) for y in (labels, turned)
+    ]
     (a, log_a), (b, log_b) = (next(iter(one)) for one in trained)
     assert same(a, b)
     assert log_a[0]["validation_accuracy"] == pytest.approx(1 - log_b[0]["validation_accuracy"])
@@ -353,9 +388,15 @@ def test_constant_dimensions_and_equal_rows_do_no_harm(objective):
         assert all(np.isfinite(list(entry.values())).all() for entry in log)
 
 
-# ---------------------------------------------------------------------------------------------------------- estimators
+# --------------------------------------------------------------------------------------- estimators
 
-SMALL = {"hidden": (16, 8), "epochs": 4, "learning_rate": 3e-3, "batch_size": 16, "precision": "fp32"}
+SMALL = {
+    "hidden": (16, 8),
+    "epochs": 4,
+    "learning_rate": 3e-3,
+    "batch_size": 16,
+    "precision": "fp32",
+}
 
 
 @pytest.mark.parametrize("kind", [BT_MLP, CLF_MLP])
@@ -434,7 +475,10 @@ def test_scores_keep_the_leading_axes():
     [
         ({"pairs": np.zeros((4, 3, D))}, r"pairs should be \(M, 2, D\), .* got \(4, 3, 4\)"),
         ({"pairs": np.zeros((4, 2), int)}, r"row numbers with embeddings \(R, D\); got \(4, 2\)"),
-        ({"pairs": np.zeros((4, 2)), "embeddings": np.zeros((4, D))}, r"expected \(M, 2\) row numbers .* \(4, 2\)"),
+        (
+            {"pairs": np.zeros((4, 2)), "embeddings": np.zeros((4, D))},
+            r"expected \(M, 2\) row numbers .* \(4, 2\)",
+        ),
         ({"pairs": np.zeros((4, 2), int), "embeddings": np.zeros(4)}, r"got \(4, 2\) and \(4,\)"),
         ({"labels": np.ones(3)}, r"labels should be \(4,\) of 0 and 1; got \(3,\)"),
         ({"labels": np.array([1, 0, -1, 1])}, r"labels should be \(4,\) of 0 and 1"),
@@ -458,7 +502,7 @@ def test_the_default_batch_is_a_sixteenth_of_the_pairs_within_bounds(n, size):
     assert default_batch_size(n) == size
 
 
-# ------------------------------------------------------------------------------------------------------------- student
+# ------------------------------------------------------------------------------------------ student
 
 K = 5
 
@@ -518,7 +562,9 @@ def test_the_unit_of_the_targets_changes_the_scores_by_that_unit_alone(start, un
     base = student_case(start)[1] + np.sin(np.arange(60 * K)).reshape(60, K)
     rows, _, plain, plain_log = students(start, targets=base)
     _, _, scaled, log = students(start, targets=unit * base - 7 * unit)
-    np.testing.assert_allclose(predict(scaled, rows) / unit, predict(plain, rows) - 7, rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(
+        predict(scaled, rows) / unit, predict(plain, rows) - 7, rtol=1e-3, atol=1e-2
+    )
     assert log[-1]["validation_r2"] == pytest.approx(plain_log[-1]["validation_r2"], abs=1e-3)
 
 
@@ -547,7 +593,9 @@ def test_targets_of_one_value_make_a_student_of_that_value(start, loss):
     """A plain isotonic map of a teacher without skill is one step."""
     rows, _, student, log = students(start, loss, targets=np.full((60, K), 2.5))
     np.testing.assert_allclose(predict(student, rows), 2.5, atol=1e-5)
-    assert all(entry["validation_r2"] is None or np.isfinite(entry["validation_r2"]) for entry in log)
+    assert all(
+        entry["validation_r2"] is None or np.isfinite(entry["validation_r2"]) for entry in log
+    )
 
 
 @pytest.mark.parametrize("unit", [1, -1])
@@ -561,7 +609,7 @@ def test_the_student_is_the_epoch_of_the_lowest_validation_error(start, unit):
     assert error == pytest.approx(losses[best], rel=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 @pytest.mark.parametrize(
@@ -615,7 +663,9 @@ def test_an_update_is_that_of_torch_and_is_rounded_into_the_copies(monkeypatch, 
     update = _adamw(weights, copies, 0.1)
     optimiser = torch.optim.AdamW(theirs, weight_decay=0.1)
     for step in range(1, 6):
-        slopes = [torch.randn(weight.shape, generator=generator(step)).to(dtype) for weight in weights]
+        slopes = [
+            torch.randn(weight.shape, generator=generator(step)).to(dtype) for weight in weights
+        ]
         slopes[0] = slopes[0].t().contiguous().t()
         for group in optimiser.param_groups:
             group["lr"] = 0.1 / step
@@ -677,7 +727,7 @@ def test_a_bf16_student_is_reproducible_and_close_to_the_fp32_one(start, loss):
     assert np.abs(gap).max() < 0.05 * targets.std()
 
 
-# -------------------------------------------------------------------------------------------------------------- gather
+# ------------------------------------------------------------------------------------------- gather
 
 
 @pytest.mark.parametrize("dtype", mlp.TYPES.values(), ids=mlp.TYPES)
@@ -690,7 +740,7 @@ def test_parts_are_put_in_their_places(stored, dtype):
     assert rows.tolist() == values.tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------- predict
+# ------------------------------------------------------------------------------------------ predict
 
 
 def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
@@ -699,7 +749,10 @@ def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
     whole = mlp.predict(model, rows)
     assert whole.shape == (1000,) and whole.dtype == np.float32
     np.testing.assert_allclose(
-        np.concatenate([mlp.predict(model, rows[i : i + 1]) for i in range(1000)]), whole, rtol=1e-4, atol=1e-6
+        np.concatenate([mlp.predict(model, rows[i : i + 1]) for i in range(1000)]),
+        whole,
+        rtol=1e-4,
+        atol=1e-6,
     )
     monkeypatch.setattr(mlp, "SCORE_ROWS", 7)
     np.testing.assert_allclose(mlp.predict(model, rows), whole, rtol=1e-4, atol=1e-6)

@@ -30,7 +30,9 @@ def pairs_of(noise, n=400, m=600, seed=0):
 def reference(rows, pairs, labels, strength):
     """scikit-learn penalises the sum of losses by w'w / 2C; the probe their mean by strength * variance * w'w / 2."""
     penalty = strength * rows.var(axis=0).sum()
-    made = LogisticRegression(C=1 / (penalty * len(pairs)), fit_intercept=False, tol=1e-10, max_iter=10_000)
+    made = LogisticRegression(
+        C=1 / (penalty * len(pairs)), fit_intercept=False, tol=1e-10, max_iter=10_000
+    )
     return made.fit((rows[pairs[:, 0]] - rows[pairs[:, 1]]).astype(float), labels).coef_[0]
 
 
@@ -45,10 +47,14 @@ def test_every_strength_is_scikit_learns(strength, monkeypatch):
     rows, pairs, labels, folds, _ = pairs_of(noise=1)
     monkeypatch.setattr(baselines, "STRENGTHS", (strength,))
     found = baselines.fit_linear_probe(rows, pairs, labels, folds)
-    np.testing.assert_allclose(found, reference(rows, pairs, labels, strength), rtol=5e-3, atol=5e-4)
+    np.testing.assert_allclose(
+        found, reference(rows, pairs, labels, strength), rtol=5e-3, atol=5e-4
+    )
 
 
-@pytest.mark.parametrize(("noise", "least", "most"), [(0, 1e-4, 1e-3), (1e6, 0.01, 1)], ids=["clean", "coins"])
+@pytest.mark.parametrize(
+    ("noise", "least", "most"), [(0, 1e-4, 1e-3), (1e6, 0.01, 1)], ids=["clean", "coins"]
+)
 def test_the_strength_is_the_one_that_predicts_the_first_fold_best(noise, least, most):
     rows, pairs, labels, folds, _ = pairs_of(noise)
     held = folds == 0
@@ -83,7 +89,7 @@ def test_rows_without_any_spread_give_weights_of_0():
     assert (baselines.fit_linear_probe(np.ones_like(rows), pairs, labels, folds) == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluate
+# ----------------------------------------------------------------------------------------- evaluate
 
 
 def responses(lengths=None, n=6, k=4):
@@ -148,7 +154,8 @@ def test_length_stands_beside_where_lengths_are_known():
 
 def test_chance_is_seeded():
     first, again, other = (
-        baselines.scores(responses(), PROMPTS, np.zeros((3, 4)), 0.0, seed)["random"] for seed in (6, 6, 7)
+        baselines.scores(responses(), PROMPTS, np.zeros((3, 4)), 0.0, seed)["random"]
+        for seed in (6, 6, 7)
     )
     np.testing.assert_array_equal(first, again)
     assert (first != other).all() and len(np.unique(first)) == first.size

@@ -24,7 +24,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-# ------------------------------------------------------------------------------------------------------------- targets
+# ------------------------------------------------------------------------------------------ targets
 
 
 def test_targets_as_they_are():
@@ -36,10 +36,16 @@ def test_standardised_targets_by_hand():
     """Mean 3; squares 4, 1, 0, 9, so variance 3.5."""
     made, told = distillation.make_target(REWARDS, {**PLAIN, "normalize_rewards": True})
     np.testing.assert_allclose(made, np.array([[-2, -1], [0, 3]]) / np.sqrt(3.5))
-    assert told == {"transform": "standardised", "centre": 3.0, "spread": pytest.approx(np.sqrt(3.5))}
+    assert told == {
+        "transform": "standardised",
+        "centre": 3.0,
+        "spread": pytest.approx(np.sqrt(3.5)),
+    }
 
 
-@pytest.mark.parametrize(("threshold", "expected"), [(1.5, [[0, 1], [1, 1]]), (3.0, [[0, 0], [0, 1]])])
+@pytest.mark.parametrize(
+    ("threshold", "expected"), [(1.5, [[0, 1], [1, 1]]), (3.0, [[0, 0], [0, 1]])]
+)
 def test_binary_targets_lie_above_the_threshold(threshold, expected):
     chosen = {**PLAIN, "binarize_rewards": True, "binarize_threshold": threshold}
     made, told = distillation.make_target(REWARDS, chosen)
@@ -48,7 +54,8 @@ def test_binary_targets_lie_above_the_threshold(threshold, expected):
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"normalize_rewards": True}, {"binarize_rewards": True, "binarize_threshold": 3.0}]
+    "changed",
+    [{}, {"normalize_rewards": True}, {"binarize_rewards": True, "binarize_threshold": 3.0}],
 )
 def test_validation_applies_the_same_transform_to_other_rewards(changed):
     made, told = distillation.make_target(REWARDS, {**PLAIN, **changed})
@@ -60,7 +67,9 @@ def test_validation_applies_the_same_transform_to_other_rewards(changed):
 @pytest.mark.parametrize("threshold", [0.5, 6.0])
 def test_a_threshold_outside_the_rewards_is_refused(threshold):
     chosen = {**PLAIN, "binarize_rewards": True, "binarize_threshold": threshold}
-    with pytest.raises(InputError, match=rf"between the golden rewards \(1 to 6\), found {threshold:g}"):
+    with pytest.raises(
+        InputError, match=rf"between the golden rewards \(1 to 6\), found {threshold:g}"
+    ):
         distillation.make_target(REWARDS, chosen)
 
 
@@ -71,7 +80,7 @@ def test_rewards_of_one_value_are_refused(value, changed):
         distillation.make_target(np.full((50, 7), value), {**PLAIN, **changed})
 
 
-# ------------------------------------------------------------------------------------------------- calibration prompts
+# ------------------------------------------------------------------------------ calibration prompts
 
 
 def case(n_calibration, n_seen, members=3):
@@ -134,12 +143,21 @@ def test_a_map_of_rising_rewards_is_increasing_and_one_of_falling_rewards_is_not
     assert distillation.is_increasing(calibration.make(kind).fit(x, -x)) is False
 
 
-# ----------------------------------------------------------------------------------------------------- sample, passes
+# ----------------------------------------------------------------------------------- sample, passes
 
 
 @pytest.mark.parametrize(
     ("limit", "n", "k"),
-    [(1000, 20, 7), (140, 20, 7), (139, 20, 6), (100, 20, 5), (41, 20, 2), (40, 20, 2), (39, 19, 2), (20, 10, 2)],
+    [
+        (1000, 20, 7),
+        (140, 20, 7),
+        (139, 20, 6),
+        (100, 20, 5),
+        (41, 20, 2),
+        (40, 20, 2),
+        (39, 19, 2),
+        (20, 10, 2),
+    ],
 )
 def test_responses_are_sampled_up_to_a_limit(limit, n, k):
     """All 7 of 20 prompts where they fit, else as many of each as fit, else two of fewer prompts."""
@@ -158,9 +176,14 @@ def test_responses_are_sampled_up_to_a_limit(limit, n, k):
 @settings(deadline=None)
 def test_a_sample_is_never_larger_than_its_limit_and_names_no_response_twice(n, n_responses, limit):
     prompts, numbers = distillation.sample(np.arange(n) + 100, n_responses, limit, rng())
-    assert len(prompts) == len(numbers) == min(n, limit // 2) and set(prompts) <= set(range(100, 100 + n))
+    assert len(prompts) == len(numbers) == min(n, limit // 2) and set(prompts) <= set(
+        range(100, 100 + n)
+    )
     assert len(set(prompts)) == len(prompts) and numbers.size <= max(limit, 2)
-    assert all(len(set(row)) == len(row) >= 2 and set(row) <= set(range(n_responses)) for row in numbers.tolist())
+    assert all(
+        len(set(row)) == len(row) >= 2 and set(row) <= set(range(n_responses))
+        for row in numbers.tolist()
+    )
 
 
 def test_every_response_and_prompt_may_be_sampled():
@@ -174,14 +197,22 @@ def test_every_response_and_prompt_may_be_sampled():
 
 @pytest.mark.parametrize(
     ("n", "batch_size", "expected"),
-    [(16, 16, 20), (400, 16, 20), (401, 16, 19), (3600, 16, 2), (8000, 16, 1), (10**6, 16, 1), (3600, 64, 9)],
+    [
+        (16, 16, 20),
+        (400, 16, 20),
+        (401, 16, 19),
+        (3600, 16, 2),
+        (8000, 16, 1),
+        (10**6, 16, 1),
+        (3600, 64, 9),
+    ],
 )
 def test_passes_are_fewer_where_the_steps_are_enough(n, batch_size, expected):
     """At most 20 passes and about 500 steps: 25 batches make 20 passes, 26 make 19.2, 225 make 2.2, 500 make 1."""
     assert distillation.passes(20, 500, n, batch_size) == expected
 
 
-# --------------------------------------------------------------------------------------------------------- interpolate
+# -------------------------------------------------------------------------------------- interpolate
 
 
 def interpolated(n, k, d, n_mixed, fit, seed=1, dtype=torch.float32):
@@ -207,7 +238,10 @@ def test_points_lie_on_segments_between_responses_of_the_given_prompts(monkeypat
         for own, other in itertools.combinations(ends, 2):
             direction = own - other
             share = (point - other) @ direction / (direction @ direction)
-            if np.abs(other + share * direction - point).max() < 1e-5 and -1e-5 <= share <= 1 + 1e-5:
+            if (
+                np.abs(other + share * direction - point).max() < 1e-5
+                and -1e-5 <= share <= 1 + 1e-5
+            ):
                 found.append((share, own))
         assert found, "this point lies between no two responses"
         shares.append(found[0][0])
@@ -236,13 +270,14 @@ def test_fewer_points_than_responses_and_none_at_all():
 
 def test_points_of_bf16_rows_are_mixed_in_float32():
     exact, rounded = (
-        interpolated(40, 5, 8, 40, range(40), dtype=dtype)[1] for dtype in (torch.float32, torch.bfloat16)
+        interpolated(40, 5, 8, 40, range(40), dtype=dtype)[1]
+        for dtype in (torch.float32, torch.bfloat16)
     )
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=0, atol=0.03)
 
 
-# -------------------------------------------------------------------------------------------------------- the variants
+# ------------------------------------------------------------------------------------- the variants
 
 GOLDEN = rng(1).standard_normal((12, 4))
 
@@ -258,10 +293,14 @@ def weights():
 
 
 def test_the_raw_teacher_has_no_scale_and_says_why():
-    found = json.loads(json.dumps(variants.validate(predictions(), GOLDEN, GOLDEN, weights()), allow_nan=False))
+    found = json.loads(
+        json.dumps(variants.validate(predictions(), GOLDEN, GOLDEN, weights()), allow_nan=False)
+    )
     assert list(found) == ["Teacher ORM", "Teacher + Isotonic", "Student", "Student + Isotonic"]
     teacher = found.pop("Teacher ORM")
-    assert [teacher[name] for name in ("mse", "mse_ci95", "r2", "r2_ci95", "reliability")] == [None] * 5
+    assert [teacher[name] for name in ("mse", "mse_ci95", "r2", "r2_ci95", "reliability")] == [
+        None
+    ] * 5
     assert "no unit" in teacher["null_reason"]
     for row in found.values():
         assert row["mse"] > 0 and row["r2"] is not None and len(row["mse_ci95"]) == 2
@@ -292,7 +331,9 @@ def test_differences_to_the_teacher_are_paired_by_prompt():
 def test_best_of_ten_is_compared_where_there_are_more_responses():
     golden = rng().standard_normal((5, 12))
     made = dict.fromkeys(variants.VARIANTS, golden)
-    found = variants.compare_with_teacher(made, golden, intervals.resample_weights(5, rng(), 50), rng())
+    found = variants.compare_with_teacher(
+        made, golden, intervals.resample_weights(5, rng(), 50), rng()
+    )
     assert "best_of_10" in found["Student"]
 
 
@@ -307,7 +348,7 @@ def test_examples_run_from_the_lowest_to_the_highest_golden_reward():
     assert json.dumps(rows, allow_nan=False)
 
 
-# --------------------------------------------------------------------------------------------------------------- proof
+# -------------------------------------------------------------------------------------------- proof
 
 
 @pytest.fixture
@@ -320,7 +361,12 @@ def run(tmp_path):
     config = {
         "calibration": {"prompts": split["calibration"]},
         "student": {"prompts": fitted},
-        "teacher": {"members": [{"file": "m0.ckpt", "origin": "step5"}, {"file": "m1.ckpt", "origin": "step5"}]},
+        "teacher": {
+            "members": [
+                {"file": "m0.ckpt", "origin": "step5"},
+                {"file": "m1.ckpt", "origin": "step5"},
+            ]
+        },
     }
     for name in ("m0.ckpt", "m1.ckpt", "student.ckpt"):
         (tmp_path / name).write_text(name)
@@ -343,7 +389,11 @@ def test_the_proof_says_what_was_checked(run):
 @pytest.mark.parametrize("fit", ["reward models", "isotonic maps", "student"])
 def test_one_held_out_prompt_in_any_fit_is_a_leak(run, fit):
     out, split, record, config = run
-    place = {"reward models": record, "isotonic maps": config["calibration"], "student": config["student"]}[fit]
+    place = {
+        "reward models": record,
+        "isotonic maps": config["calibration"],
+        "student": config["student"],
+    }[fit]
     place["prompts"] = np.append(place["prompts"], split["held_out"][2]).tolist()
     message = rf"leakage: 1 held-out prompts \(first: {split['held_out'][2]}\) entered the fit of the {fit};"
     with pytest.raises(InputError, match=message):
@@ -351,7 +401,8 @@ def test_one_held_out_prompt_in_any_fit_is_a_leak(run, fit):
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("m1.ckpt", "step5"), ("prompt_split.json", "step5"), ("student.ckpt", "step7")]
+    ("name", "step"),
+    [("m1.ckpt", "step5"), ("prompt_split.json", "step5"), ("student.ckpt", "step7")],
 )
 @pytest.mark.parametrize("change", ["changed", "missing"])
 def test_files_that_are_not_the_recorded_ones_prove_nothing(run, name, step, change):
@@ -361,7 +412,8 @@ def test_files_that_are_not_the_recorded_ones_prove_nothing(run, name, step, cha
     if change == "changed":
         path.write_bytes(content[:-2] + b"x" + content[-1:])
     with pytest.raises(
-        InputError, match=rf"{name} is not the file that {step} wrote \(missing or changed\); run {step} again"
+        InputError,
+        match=rf"{name} is not the file that {step} wrote \(missing or changed\); run {step} again",
     ):
         leakage.prove_no_leakage(*run)
 

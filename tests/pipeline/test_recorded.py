@@ -52,7 +52,9 @@ def write(folder, kind, content):
         if "subset" in coded:
             names, coded["subset"] = np.unique(coded["subset"], return_inverse=True)
             metadata = {"subset_names": json.dumps(names.tolist())}
-        save_file({name: np.ascontiguousarray(array) for name, array in coded.items()}, path, metadata)
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in coded.items()}, path, metadata
+        )
     else:
         write_parquet(path, content, bool(how))
     return path
@@ -69,11 +71,15 @@ def write_parquet(path, content, fixed=False):
             made = (
                 pa.FixedSizeListArray.from_arrays(made, size)
                 if fixed
-                else pa.ListArray.from_arrays(pa.array(np.arange(many + 1) * size, pa.int32()), made)
+                else pa.ListArray.from_arrays(
+                    pa.array(np.arange(many + 1) * size, pa.int32()), made
+                )
             )
         return made
 
-    pyarrow.parquet.write_table(pa.table({name: column(array) for name, array in content.items()}), path)
+    pyarrow.parquet.write_table(
+        pa.table({name: column(array) for name, array in content.items()}), path
+    )
 
 
 def in_memory(emb, groups=None, ties=None, subset=None, lengths=None):
@@ -82,7 +88,9 @@ def in_memory(emb, groups=None, ties=None, subset=None, lengths=None):
     groups = np.arange(n) if groups is None else np.asarray(groups)
     ties = np.zeros(n, bool) if ties is None else np.asarray(ties)
     rewards = np.where(ties[:, None], 0.5, [1.0, 0.0])
-    responses = embeddings.Responses([emb[:, 0], emb[:, 1]], rewards, lengths, groups, {"pairs.npz": "digest"})
+    responses = embeddings.Responses(
+        [emb[:, 0], emb[:, 1]], rewards, lengths, groups, {"pairs.npz": "digest"}
+    )
     return pair_files.HumanPairs(responses, subset, ties, {"n": n})
 
 
@@ -103,7 +111,7 @@ def strict_json(content):
     return json.loads(json.dumps(content, allow_nan=False))
 
 
-# ---------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 @st.composite
@@ -116,11 +124,15 @@ def files(draw):
     optional = {
         "prompt_ids": draw(arrays(np.int64, n, elements=st.integers(0, 3))),
         "prompt_embeddings": draw(arrays(np.float16, (n, 2), elements=st.integers(0, 1))),
-        "subset": np.array(draw(st.lists(st.sampled_from(["a", "ümlaut", "long name"]), min_size=n, max_size=n))),
+        "subset": np.array(
+            draw(st.lists(st.sampled_from(["a", "ümlaut", "long name"]), min_size=n, max_size=n))
+        ),
         "ties": draw(arrays(bool, n)),
         "length_chars": draw(arrays(np.int32, (n, 2), elements=st.integers(0, 99))),
     }
-    return emb, content | {name: optional[name] for name in draw(st.sets(st.sampled_from(sorted(optional))))}
+    return emb, content | {
+        name: optional[name] for name in draw(st.sets(st.sampled_from(sorted(optional))))
+    }
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -136,7 +148,9 @@ def test_every_format_comes_back(kind, case):
             assert found.responses.embeddings[side].dtype == emb.dtype
         assert found.responses.shape == emb.shape and len(found) == len(emb)
         np.testing.assert_array_equal(found.ties, ties)
-        np.testing.assert_array_equal(found.responses.rewards[:, 0] - found.responses.rewards[:, 1], ~ties)
+        np.testing.assert_array_equal(
+            found.responses.rewards[:, 0] - found.responses.rewards[:, 1], ~ties
+        )
         for name, array in (("subset", found.subset), ("length_chars", found.responses.lengths)):
             if name in content:
                 np.testing.assert_array_equal(array, content[name])
@@ -147,7 +161,9 @@ def test_every_format_comes_back(kind, case):
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_large_arrays_are_mapped_not_read(tmp_path, kind):
-    found = pair_files.load(write(tmp_path, kind, {"embeddings": values(), "prompt_ids": np.arange(5)}))
+    found = pair_files.load(
+        write(tmp_path, kind, {"embeddings": values(), "prompt_ids": np.arange(5)})
+    )
     side = found.responses.embeddings[1]
     assert isinstance(side, np.memmap) and not side.flags.writeable
     np.testing.assert_array_equal(found.responses.take([3, 0], [1, 0]), values()[[3, 0], [1, 0]])
@@ -156,7 +172,9 @@ def test_large_arrays_are_mapped_not_read(tmp_path, kind):
 def test_parquet_blocks_fit_together_with_longer_names_later(tmp_path, monkeypatch):
     monkeypatch.setattr(pair_files, "PARQUET_ROWS", 2)
     names = np.array(["a", "b", "much longer", "c", "d"])
-    path = write(tmp_path, "parquet", {"embeddings": values(), "subset": names, "prompt_ids": names})
+    path = write(
+        tmp_path, "parquet", {"embeddings": values(), "subset": names, "prompt_ids": names}
+    )
     found = pair_files.load(path)
     np.testing.assert_array_equal(found.subset, names)
     np.testing.assert_array_equal(found.responses.embeddings[1], values()[:, 1])
@@ -173,9 +191,22 @@ def test_categories_of_pandas_are_names(tmp_path):
 
 
 def test_codes_without_names_are_names_and_bytes_are_text(tmp_path):
-    save_file({"embeddings": values(), "subset": np.array([2, 0, 1, 0, 0])}, tmp_path / "pairs.safetensors")
-    assert pair_files.load(tmp_path / "pairs.safetensors").subset.tolist() == ["2", "0", "1", "0", "0"]
-    path = write(tmp_path, "npz", {"embeddings": values(), "prompt_ids": np.array([b"a", b"b", b"a", b"c", b"d"])})
+    save_file(
+        {"embeddings": values(), "subset": np.array([2, 0, 1, 0, 0])},
+        tmp_path / "pairs.safetensors",
+    )
+    assert pair_files.load(tmp_path / "pairs.safetensors").subset.tolist() == [
+        "2",
+        "0",
+        "1",
+        "0",
+        "0",
+    ]
+    path = write(
+        tmp_path,
+        "npz",
+        {"embeddings": values(), "prompt_ids": np.array([b"a", b"b", b"a", b"c", b"d"])},
+    )
     assert pair_files.load(path).responses.groups.tolist() == [0, 1, 0, 2, 3]
 
 
@@ -195,7 +226,7 @@ def test_what_was_found_is_told(tmp_path):
     ]
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def with_nan(array, *at):
@@ -208,22 +239,55 @@ def with_nan(array, *at):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"embeddings": values()[:, 0]}, r"expected embeddings of shape \(n, 2, D\), chosen then.*found \(5, 3\)"),
-        ({"embeddings": values(4).reshape(2, 4, 3)}, r"expected embeddings of shape \(n, 2, D\).*found \(2, 4, 3\)"),
-        ({"chosen": values(), "rejected": values()}, r"expected chosen of shape \(n, D\) and.*found \(5, 2, 3\)"),
-        ({"embeddings": np.ones((3, 2, 2), int)}, r"dtype float16 / float32 / float64, found \(3, 2, 2\) of int64"),
-        ({"chosen": values()[:, 0]}, r"either embeddings \(n, 2, D\) or chosen and rejected \(n, D\), found chosen$"),
-        ({"embeddings": values(), "chosen": values()[:, 0]}, "either embeddings .* or chosen and rejected"),
-        ({"chosen": values()[:, 0], "rejected": values()[:, 0, :2]}, r"rejected of shape \(5, 3\).*found \(5, 2\)"),
-        ({"embeddings": with_nan(values(), 3, 1, 2)}, r"found nan in row 3 of embeddings \(rejected\)"),
-        ({"embeddings": np.full((2, 2, 1), 1e300)}, r"found 1e\+300 in row 0 of embeddings \(chosen\)"),
+        (
+            {"embeddings": values()[:, 0]},
+            r"expected embeddings of shape \(n, 2, D\), chosen then.*found \(5, 3\)",
+        ),
+        (
+            {"embeddings": values(4).reshape(2, 4, 3)},
+            r"expected embeddings of shape \(n, 2, D\).*found \(2, 4, 3\)",
+        ),
+        (
+            {"chosen": values(), "rejected": values()},
+            r"expected chosen of shape \(n, D\) and.*found \(5, 2, 3\)",
+        ),
+        (
+            {"embeddings": np.ones((3, 2, 2), int)},
+            r"dtype float16 / float32 / float64, found \(3, 2, 2\) of int64",
+        ),
+        (
+            {"chosen": values()[:, 0]},
+            r"either embeddings \(n, 2, D\) or chosen and rejected \(n, D\), found chosen$",
+        ),
+        (
+            {"embeddings": values(), "chosen": values()[:, 0]},
+            "either embeddings .* or chosen and rejected",
+        ),
+        (
+            {"chosen": values()[:, 0], "rejected": values()[:, 0, :2]},
+            r"rejected of shape \(5, 3\).*found \(5, 2\)",
+        ),
+        (
+            {"embeddings": with_nan(values(), 3, 1, 2)},
+            r"found nan in row 3 of embeddings \(rejected\)",
+        ),
+        (
+            {"embeddings": np.full((2, 2, 1), 1e300)},
+            r"found 1e\+300 in row 0 of embeddings \(chosen\)",
+        ),
         (
             {"embeddings": values(), "prompt_embeddings": with_nan(values(), 4)[:, 0]},
             "found nan in row 4 of prompt_embeddings",
         ),
-        ({"embeddings": values(), "prompt_ids": np.arange(5) / 2}, "text or whole numbers, found .* of float64"),
+        (
+            {"embeddings": values(), "prompt_ids": np.arange(5) / 2},
+            "text or whole numbers, found .* of float64",
+        ),
         ({"embeddings": values(), "ties": np.arange(5)}, r"ties of shape \(n,\), True or False"),
-        ({"embeddings": values(), "length_chars": np.arange(5)}, r"length_chars of shape \(n, 2\).*found \(5,\)"),
+        (
+            {"embeddings": values(), "length_chars": np.arange(5)},
+            r"length_chars of shape \(n, 2\).*found \(5,\)",
+        ),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path, kind, content, message):
@@ -237,8 +301,13 @@ def test_bad_arrays_are_refused(tmp_path, kind, content, message):
 )  # columns of a parquet file have one length
 def test_another_number_of_rows_is_refused(tmp_path, kind, name):
     shape = {"prompt_embeddings": (4, 3), "length_chars": (4, 2)}.get(name, (4,))
-    content = {"embeddings": values(), name: np.zeros(shape, np.float32 if name == "prompt_embeddings" else int)}
-    with pytest.raises(InputError, match=rf"expected 5 rows of {name}, one for each pair, found shape \(4,"):
+    content = {
+        "embeddings": values(),
+        name: np.zeros(shape, np.float32 if name == "prompt_embeddings" else int),
+    }
+    with pytest.raises(
+        InputError, match=rf"expected 5 rows of {name}, one for each pair, found shape \(4,"
+    ):
         pair_files.load(write(tmp_path, kind, content))
 
 
@@ -290,7 +359,9 @@ def test_bfloat16_is_refused_by_name(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file as save_tensors
 
-    save_tensors({"embeddings": torch.ones(3, 2, 2, dtype=torch.bfloat16)}, tmp_path / "pairs.safetensors")
+    save_tensors(
+        {"embeddings": torch.ones(3, 2, 2, dtype=torch.bfloat16)}, tmp_path / "pairs.safetensors"
+    )
     with pytest.raises(InputError, match="found BF16; save it as float16 or float32"):
         pair_files.load(tmp_path / "pairs.safetensors")
 
@@ -299,14 +370,19 @@ def test_bfloat16_is_refused_by_name(tmp_path):
 def test_codes_without_a_name_are_refused(tmp_path, codes):
     content = {"embeddings": values(3), "subset": np.array(codes)}
     save_file(content, tmp_path / "pairs.safetensors", {"subset_names": '["a", "b"]'})
-    with pytest.raises(InputError, match="expected subset to hold positions in the JSON list subset_names"):
+    with pytest.raises(
+        InputError, match="expected subset to hold positions in the JSON list subset_names"
+    ):
         pair_files.load(tmp_path / "pairs.safetensors")
 
 
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ([[1.0, 2], [1], [1, 2]], r"chosen of one length in every row, \(2,\), found \(1,\) in row 1"),
+        (
+            [[1.0, 2], [1], [1, 2]],
+            r"chosen of one length in every row, \(2,\), found \(1,\) in row 1",
+        ),
         ([[1.0, 2], [3, 4], [1, 2, 3]], r"found \(3,\) in row 2"),
         ([[1.0, 2], None, [1, 2]], "expected chosen in every row, found null in row 1"),
         ([[1.0, 2], [3, 4], [1, None]], "expected chosen in every row, found null in row 2"),
@@ -327,11 +403,13 @@ def test_gaps_in_a_parquet_column_are_refused(tmp_path, column, message, block, 
 def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     path = write(tmp_path, "parquet", {"embeddings": values()})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match="expected pyarrow to read .parquet, found none; install it, or save .npz"):
+    with pytest.raises(
+        InputError, match="expected pyarrow to read .parquet, found none; install it, or save .npz"
+    ):
         pair_files.load(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ links
+# -------------------------------------------------------------------------------------------- links
 
 
 def test_links_worked_by_hand():
@@ -375,16 +453,21 @@ def planted(tmp_path, duplicate):
     else:
         emb[39, 1] = np.where(emb[0, 0] == 0, -0.0, emb[0, 0])
     return pair_files.load(
-        write(tmp_path, "npz", {"embeddings": emb, "prompt_ids": ids, "prompt_embeddings": prompt_emb})
+        write(
+            tmp_path, "npz", {"embeddings": emb, "prompt_ids": ids, "prompt_embeddings": prompt_emb}
+        )
     )
 
 
 @pytest.mark.parametrize(
-    "duplicate", ["prompt id", "prompt embedding", "answer", "answer on the other side", "answer with -0"]
+    "duplicate",
+    ["prompt id", "prompt embedding", "answer", "answer on the other side", "answer with -0"],
 )
 def test_duplicates_stay_on_one_side_of_every_split(tmp_path, duplicate):
     data = planted(tmp_path, duplicate)
-    assert data.about["n_linked"] == 2 and data.about["n_linked_by_prompt"] == 2 * duplicate.startswith("prompt")
+    assert data.about["n_linked"] == 2 and data.about[
+        "n_linked_by_prompt"
+    ] == 2 * duplicate.startswith("prompt")
     splits = [recorded.split(data, seed) for seed in range(30)] + recorded.rotations(data, 6)
     assert {np.isin([0, 39], roles["held_out"]).sum() for roles in splits} == {0, 2}
     for roles in splits:
@@ -398,7 +481,9 @@ def test_roles_have_60_20_20_percent_and_rotations_hold_every_pair_out_once():
     turns = recorded.rotations(data, 6)
     assert [[len(rows) for rows in roles.values()] for roles in turns] == [[60, 20, 20]] * 5
     for role in ("calibration", "held_out"):
-        assert np.sort(np.concatenate([roles[role] for roles in turns])).tolist() == list(range(100))
+        assert np.sort(np.concatenate([roles[role] for roles in turns])).tolist() == list(
+            range(100)
+        )
 
 
 def test_a_saved_split_comes_back_and_a_changed_one_is_refused(tmp_path):
@@ -415,7 +500,9 @@ def test_a_saved_split_comes_back_and_a_changed_one_is_refused(tmp_path):
         swapped = {name: rows.copy() for name, rows in roles.items()}
         swapped["train"][0], swapped[role][0] = roles[role][0], roles["train"][0]
         recorded.save_split(tmp_path, swapped, 6)
-        with pytest.raises(InputError, match="leakage: .* has 2 groups of linked pairs on two sides"):
+        with pytest.raises(
+            InputError, match="leakage: .* has 2 groups of linked pairs on two sides"
+        ):
             recorded.load_split(tmp_path, data)
 
 
@@ -433,12 +520,16 @@ def test_a_run_of_other_pairs_or_settings_is_refused(tmp_path):
     assert len(roles["held_out"]) == 4 and record["members"] == []
     with pytest.raises(InputError, match="found seed 6, not 7"):
         recorded.open_run(tmp_path, run | {"seed": 7}, data)
-    artifacts.write_json(tmp_path / "manifest.json", {"step5": entry | {"inputs": {"pairs.npz": "other"}}})
-    with pytest.raises(InputError, match="expected the pairs its reward models were trained on, found other ones"):
+    artifacts.write_json(
+        tmp_path / "manifest.json", {"step5": entry | {"inputs": {"pairs.npz": "other"}}}
+    )
+    with pytest.raises(
+        InputError, match="expected the pairs its reward models were trained on, found other ones"
+    ):
         recorded.open_run(tmp_path, run, data)
 
 
-# --------------------------------------------------------------------------------------------------- training pairs
+# ----------------------------------------------------------------------------------- training pairs
 
 
 def test_labels_say_where_the_preferred_response_went():
@@ -447,7 +538,9 @@ def test_labels_say_where_the_preferred_response_went():
     pairs = recorded.draw(data, at, 6)
     preferred = pairs.index[np.arange(160), np.where(pairs.labels == 1, 0, 1)]
     np.testing.assert_array_equal(pairs.rows[preferred], data.responses.embeddings[0][at])
-    np.testing.assert_array_equal(pairs.rows[pairs.index.sum(1) - preferred], data.responses.embeddings[1][at])
+    np.testing.assert_array_equal(
+        pairs.rows[pairs.index.sum(1) - preferred], data.responses.embeddings[1][at]
+    )
     assert 60 < pairs.labels.sum() < 100
     assert all(len(set(pairs.folds[pairs.prompts[:, 0] == g])) == 1 for g in pairs.prompts[:, 0])
     assert np.bincount(pairs.folds).tolist() == [32] * 5 and pairs.n_folds == 5
@@ -459,9 +552,13 @@ def test_ties_are_trained_on_never():
     pairs = recorded.draw(data, np.arange(60), 6)
     assert len(pairs.labels) == 40 and len(pairs.rows) == 80
     assert not np.isin(data.responses.groups[ties], pairs.prompts).any()
-    with pytest.raises(InputError, match="at least 2 prompts with a preference to train on, found 0"):
+    with pytest.raises(
+        InputError, match="at least 2 prompts with a preference to train on, found 0"
+    ):
         recorded.draw(data, np.flatnonzero(ties), 6)
-    with pytest.raises(InputError, match="at least 2 prompts with a preference to evaluate on, found 1"):
+    with pytest.raises(
+        InputError, match="at least 2 prompts with a preference to evaluate on, found 1"
+    ):
         recorded.part(data, np.array([0, 1]), rng())
 
 
@@ -485,7 +582,7 @@ def test_estimators_take_the_drawn_pairs():
     assert (difference > 0).mean() > 0.85
 
 
-# ---------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 differences = arrays(float, st.integers(2, 30), elements=st.floats(-6, 6))
 
@@ -508,7 +605,9 @@ def test_losses_are_scikit_learns_whichever_response_comes_first(log_odds, seed)
 
 def test_reliability_by_hand():
     """0.9 three times, right twice of it, and 0.6 once: bins at 0.1, 0.4, 0.6, 0.9 observe 1/3, 0, 1, 2/3."""
-    found = preferences.preference_reliability(logit(np.array([0.9001, 0.9001, 0.0999, 0.6001])), bins=10)
+    found = preferences.preference_reliability(
+        logit(np.array([0.9001, 0.9001, 0.0999, 0.6001])), bins=10
+    )
     assert found["bins"]["count"] == [3, 1, 1, 3]
     np.testing.assert_allclose(found["bins"]["predicted"], [0.0999, 0.3999, 0.6001, 0.9001])
     np.testing.assert_allclose(found["bins"]["observed"], [1 / 3, 0, 1, 2 / 3])
@@ -519,7 +618,9 @@ def test_reliability_by_hand():
 @given(differences)
 @settings(deadline=None)
 def test_reliability_is_scikit_learns_on_pairs_and_mirror_images(log_odds):
-    log_odds = log_odds + 1e-3 * math.pi  # off the edges of bins, which the two close on different sides
+    log_odds = (
+        log_odds + 1e-3 * math.pi
+    )  # off the edges of bins, which the two close on different sides
     p, y = expit(np.concatenate([log_odds, -log_odds])), np.repeat([1, 0], len(log_odds))
     observed, predicted = calibration_curve(y, p, n_bins=20)
     found = preferences.preference_reliability(log_odds)
@@ -532,15 +633,24 @@ def test_reliability_is_scikit_learns_on_pairs_and_mirror_images(log_odds):
 
 def test_a_certain_model_fills_the_outermost_bins():
     right, wrong = (preferences.preference_reliability(np.full(4, x)) for x in (800.0, -800.0))
-    assert right["bins"]["count"] == [4, 4] and right["ece"] == right["mce"] == 0 and wrong["ece"] == wrong["mce"] == 1
-    assert preferences.preference_reliability(np.array([800.0, logit(0.97)]))["bins"]["count"] == [2, 2]
+    assert (
+        right["bins"]["count"] == [4, 4]
+        and right["ece"] == right["mce"] == 0
+        and wrong["ece"] == wrong["mce"] == 1
+    )
+    assert preferences.preference_reliability(np.array([800.0, logit(0.97)]))["bins"]["count"] == [
+        2,
+        2,
+    ]
 
 
 def test_the_error_of_perfect_calibration_is_that_of_labels_drawn_from_the_probabilities():
     p = rng().uniform(0.5, 0.95, size=400)
     drawn = [logit(np.where(rng(i).random(400) < p, p, 1 - p)) for i in range(300)]
     found = [preferences.preference_reliability(x) for x in drawn]
-    assert np.mean([f["ece"] for f in found]) == pytest.approx(found[0]["ece_if_calibrated"], rel=0.05)
+    assert np.mean([f["ece"] for f in found]) == pytest.approx(
+        found[0]["ece_if_calibrated"], rel=0.05
+    )
 
 
 def test_accuracy_by_subset_by_hand():
@@ -548,10 +658,14 @@ def test_accuracy_by_subset_by_hand():
     difference, prompts = np.array([1.0, 2, -1, 0, 3]), np.array([0, 0, 1, 1, 2])
     weights = np.array([[1, 1, 1], [2, 1, 0], [0, 3, 0], [0, 0, 3]])
     found = strict_json(
-        preferences.preference_accuracy(difference, prompts, weights, np.array(["a", "a", "a", "b", "b"]))
+        preferences.preference_accuracy(
+            difference, prompts, weights, np.array(["a", "a", "a", "b", "b"])
+        )
     )
     assert (found["accuracy"], found["n_pairs"], found["n_prompts"]) == (0.7, 5, 3)
-    np.testing.assert_allclose(found["accuracy_ci95"], np.percentile([0.7, 4.5 / 6, 0.25, 1], [2.5, 97.5]))
+    np.testing.assert_allclose(
+        found["accuracy_ci95"], np.percentile([0.7, 4.5 / 6, 0.25, 1], [2.5, 97.5])
+    )
     a, b = found["by_subset"]["a"], found["by_subset"]["b"]
     assert (a["accuracy"], a["n_pairs"], a["n_prompts"]) == (pytest.approx(2 / 3), 3, 2)
     assert (b["accuracy"], b["n_pairs"], b["n_prompts"]) == (0.75, 2, 2)
@@ -562,17 +676,24 @@ def test_accuracy_by_subset_by_hand():
 def test_intervals_are_over_prompts_not_pairs():
     difference = rng().normal(0.3, 1, size=100)
     alone = preferences.preference_accuracy(difference, np.arange(100), weights_for(100))
-    thrice = preferences.preference_accuracy(np.repeat(difference, 3), np.repeat(np.arange(100), 3), weights_for(100))
-    assert thrice["accuracy_ci95"] == pytest.approx(alone["accuracy_ci95"]) and thrice["n_pairs"] == 300
+    thrice = preferences.preference_accuracy(
+        np.repeat(difference, 3), np.repeat(np.arange(100), 3), weights_for(100)
+    )
+    assert (
+        thrice["accuracy_ci95"] == pytest.approx(alone["accuracy_ci95"])
+        and thrice["n_pairs"] == 300
+    )
     losses = [
-        preferences.preference_metrics(np.repeat(difference, n), np.repeat(np.arange(100), n), weights_for(100))
+        preferences.preference_metrics(
+            np.repeat(difference, n), np.repeat(np.arange(100), n), weights_for(100)
+        )
         for n in (1, 3)
     ]
     for name in ("nll", "nll_ci95", "brier", "brier_ci95", "ece", "mce"):
         assert losses[0][name] == pytest.approx(losses[1][name]), name
 
 
-# ------------------------------------------------------------------------------------------------------ calibration
+# -------------------------------------------------------------------------------------- calibration
 
 
 @pytest.mark.parametrize(("right", "n"), [(6, 10), (9, 10), (51, 100)])
@@ -585,13 +706,17 @@ def test_temperature_by_hand(right, n):
 def test_temperature_is_that_of_logistic_regression():
     difference = rng().normal(0.5, 2, size=300)
     both, label = np.concatenate([difference, -difference])[:, None], np.repeat([1, 0], 300)
-    slope = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(both, label).coef_[0, 0]
+    slope = (
+        LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(both, label).coef_[0, 0]
+    )
     assert preference_maps.fit_temperature(difference) == pytest.approx(1 / slope, rel=1e-5)
     assert preference_maps.fit_temperature(1e6 * difference) == pytest.approx(1e6 / slope, rel=1e-5)
 
 
 def test_temperature_where_there_is_no_optimum():
-    assert preference_maps.fit_temperature(np.array([1.0, -2])) == math.inf, "wrong on average: one half everywhere"
+    assert preference_maps.fit_temperature(np.array([1.0, -2])) == math.inf, (
+        "wrong on average: one half everywhere"
+    )
     assert preference_maps.fit_temperature(np.zeros(3)) == 1.0
     all_right = np.array([1.0, 2, 3])
     assert expit(2 / preference_maps.fit_temperature(all_right)) == pytest.approx(4 / 5), (
@@ -615,7 +740,9 @@ def test_the_map_is_odd_and_rises_and_does_not_know_which_response_comes_first(d
     grid = np.sort(np.concatenate([grid, -grid]))
     found = preference_maps.probability(numbers, grid)
     np.testing.assert_allclose(found + found[::-1], 1, atol=1e-6)
-    assert (np.diff(found) >= 0).all() and preference_maps.probability(numbers, 0.0) == pytest.approx(0.5, abs=1e-6)
+    assert (np.diff(found) >= 0).all() and preference_maps.probability(
+        numbers, 0.0
+    ) == pytest.approx(0.5, abs=1e-6)
     edge = 1 / (len(difference) + 2)
     assert found.min() >= edge and found.max() <= 1 - edge
 
@@ -633,7 +760,9 @@ def test_scores_that_point_the_wrong_way_say_one_half():
     difference = rng().normal(-1, 0.5, size=50)
     numbers = preference_maps.fit_map(difference)
     np.testing.assert_allclose(preference_maps.probability(numbers, difference), 0.5, atol=1e-4)
-    found = preference_maps.calibrated(difference, preference_maps.fit_temperature(difference), numbers)
+    found = preference_maps.calibrated(
+        difference, preference_maps.fit_temperature(difference), numbers
+    )
     assert (found["temperature_scaled"] == 0).all() and np.abs(found["isotonic"]).max() < 1e-3
 
 
@@ -652,7 +781,7 @@ def test_no_fold_enters_its_own_calibration():
         assert (after[name][folds == 1] != before[name][folds == 1]).any()
 
 
-# --------------------------------------------------------------------------------------------------- the whole line
+# ----------------------------------------------------------------------------------- the whole line
 
 
 def run(data, seed=6, objective="bt", n_members=3):
@@ -667,26 +796,38 @@ def test_a_learnable_preference_is_learned(objective):
     subset = np.array(["first", "second"])[np.arange(300) % 2]
     ties = np.arange(300) % 10 == 0
     lengths = rng(3).integers(1, 99, size=(300, 2)).astype(float)
-    results, logs, _ = run(made_preferences(subset=subset, ties=ties, lengths=lengths), objective=objective)
+    results, logs, _ = run(
+        made_preferences(subset=subset, ties=ties, lengths=lengths), objective=objective
+    )
     results = strict_json(results)
     held, mean = results["held_out"], results["held_out"]["aggregations"]["mean"]
     assert (
         held["n_pairs"] + held["n_ties"] == 60
         and results["calibration"]["n_pairs"] == 60 - results["calibration"]["n_ties"]
     )
-    assert mean["accuracy"] > 0.8 and mean["accuracy_ci95"][0] < mean["accuracy"] < mean["accuracy_ci95"][1]
-    assert sum(row["n_pairs"] for row in mean["by_subset"].values()) == held["n_pairs"] and len(mean["by_subset"]) == 2
+    assert (
+        mean["accuracy"] > 0.8
+        and mean["accuracy_ci95"][0] < mean["accuracy"] < mean["accuracy_ci95"][1]
+    )
+    assert (
+        sum(row["n_pairs"] for row in mean["by_subset"].values()) == held["n_pairs"]
+        and len(mean["by_subset"]) == 2
+    )
     assert list(held["baselines"]) == ["linear_probe", "random", "longer", "shorter"]
     assert held["baselines"]["linear_probe"]["accuracy"] > 0.85
-    assert held["baselines"]["longer"]["accuracy"] + held["baselines"]["shorter"]["accuracy"] == pytest.approx(1)
-    assert len(held["members"]) == len(logs) == 3 and all("validation_loss" in log[0] for log in logs)
+    assert held["baselines"]["longer"]["accuracy"] + held["baselines"]["shorter"][
+        "accuracy"
+    ] == pytest.approx(1)
+    assert len(held["members"]) == len(logs) == 3 and all(
+        "validation_loss" in log[0] for log in logs
+    )
     assert set(results["maps"]) == {*held["aggregations"], "linear_probe"}
     for variant in ("uncalibrated", "temperature_scaled", "isotonic"):
         assert mean[variant]["nll"] < math.log(2) and mean[variant]["brier"] < 0.25
     lines = recorded.summary(results)
-    assert f"held out: {held['n_pairs']} pairs" in lines[0] and f"mean          {mean['accuracy']:.3f} [" in "".join(
-        lines
-    )
+    assert f"held out: {held['n_pairs']} pairs" in lines[
+        0
+    ] and f"mean          {mean['accuracy']:.3f} [" in "".join(lines)
 
 
 def test_held_out_pairs_are_calibrated_by_calibration_pairs_alone():
@@ -699,26 +840,42 @@ def test_held_out_pairs_are_calibrated_by_calibration_pairs_alone():
         for role in ("held_out", "calibration")
     )
     maps, found = results["maps"]["mean"], results["held_out"]["aggregations"]["mean"]
-    assert maps == {"temperature": preference_maps.fit_temperature(fitted), "isotonic": preference_maps.fit_map(fitted)}
+    assert maps == {
+        "temperature": preference_maps.fit_temperature(fitted),
+        "isotonic": preference_maps.fit_map(fitted),
+    }
     assert found["accuracy"] == np.mean(held > 0)
-    assert found["uncalibrated"]["nll"] == pytest.approx(log_loss(np.ones(60), expit(held), labels=[0, 1]))
+    assert found["uncalibrated"]["nll"] == pytest.approx(
+        log_loss(np.ones(60), expit(held), labels=[0, 1])
+    )
     scaled = expit(held / maps["temperature"])
-    assert found["temperature_scaled"]["nll"] == pytest.approx(log_loss(np.ones(60), scaled, labels=[0, 1]))
+    assert found["temperature_scaled"]["nll"] == pytest.approx(
+        log_loss(np.ones(60), scaled, labels=[0, 1])
+    )
     mapped = preference_maps.probability(maps["isotonic"], held)
-    assert found["isotonic"]["brier"] == pytest.approx(brier_score_loss(np.ones(60), mapped, labels=[0, 1]))
+    assert found["isotonic"]["brier"] == pytest.approx(
+        brier_score_loss(np.ones(60), mapped, labels=[0, 1])
+    )
 
 
 def test_differences_of_an_ensemble_are_in_the_logits_of_its_members():
     data, at = made_preferences(60), np.arange(40, 60)
     pairs = recorded.draw(data, np.arange(40), 6)
     ensemble, _ = recorded.fit(pairs, "bt", SETTINGS, 3, 6)
-    logits = np.array([recorded.model_differences(lambda x, m=m: mlp.predict(m, x), data, at) for m in ensemble.models])
+    logits = np.array(
+        [
+            recorded.model_differences(lambda x, m=m: mlp.predict(m, x), data, at)
+            for m in ensemble.models
+        ]
+    )
     found = recorded.differences(ensemble, np.arange(6.0), data, at, 6)
     np.testing.assert_allclose(found["members"], logits, rtol=1e-4, atol=1e-5)
     expected = (logits / ensemble.spread[:, None]).mean(0) * ensemble.spread.mean()
     np.testing.assert_allclose(found["aggregations"]["mean"], expected, rtol=1e-4, atol=1e-5)
     chosen, rejected = (data.responses.embeddings[side][at] @ np.arange(6.0) for side in (0, 1))
-    np.testing.assert_allclose(found["baselines"]["linear_probe"], chosen - rejected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found["baselines"]["linear_probe"], chosen - rejected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_coin_flips_are_not_learned():
@@ -750,7 +907,7 @@ def test_members_validate_on_their_own_fold(monkeypatch):
         assert set(pairs.folds[held]) == {member % 5} and sorted([*fit, *held]) == list(range(100))
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------- data
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real pairs in {REAL}")
@@ -764,5 +921,8 @@ def test_members_validate_on_their_own_fold(monkeypatch):
 )
 def test_real_pairs_are_read_and_linked(name, shape, n_groups, n_linked):
     data = pair_files.load(REAL / f"{name}.npz")
-    assert data.responses.shape == shape and (data.about["n_groups"], data.about["n_linked"]) == (n_groups, n_linked)
+    assert data.responses.shape == shape and (data.about["n_groups"], data.about["n_linked"]) == (
+        n_groups,
+        n_linked,
+    )
     assert (data.subset is None) == (name == "hh_harmless")

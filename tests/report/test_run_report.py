@@ -57,14 +57,20 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "style" not in self.open:
             self.text += data
-        if "table" in self.open and self.open[-1] != "sup" and ("td" in self.open or "th" in self.open):
+        if (
+            "table" in self.open
+            and self.open[-1] != "sup"
+            and ("td" in self.open or "th" in self.open)
+        ):
             self.tables[-1][-1][-1] += data
 
 
 @pytest.fixture
 def run_dir(finished, tmp_path):
     """A copy of the finished run that a test may change."""
-    return Path(shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("*.ckpt")))
+    return Path(
+        shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("*.ckpt"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +116,23 @@ def test_tables_show_the_numbers_of_the_json(finished, html):
             for column, cell in zip(COLUMNS, rows[name], strict=True):
                 value, ci = row.get(column), row.get(f"{column}_ci95")
                 value, ci = (value[size], ci[size]) if isinstance(value, dict) else (value, ci)
-                expected = "—" if value is None else f"{shown(value)} [{shown(ci[0])}, {shown(ci[1])}]"
+                expected = (
+                    "—" if value is None else f"{shown(value)} [{shown(ci[0])}, {shown(ci[1])}]"
+                )
                 assert cell == expected, (name, column)
         assert rows["oracle"][2] == shown(block["golden_best_of_n"][size])
     for table, block in zip(tables[2:4], (results, results["test"]), strict=True):
         for row in table[1:]:
             for cell, told in zip(row[1:], block["against_teacher"][row[0]].values(), strict=True):
                 low, high = told["ci95"]
-                numbers = f"{shown(told['difference'], '+')} [{shown(low, '+')}, {shown(high, '+')}]"
+                numbers = (
+                    f"{shown(told['difference'], '+')} [{shown(low, '+')}, {shown(high, '+')}]"
+                )
                 assert cell == f"{numbers} p = {told['p_value']:.3f}"
     for table, block in zip(tables[4:6], (results, results["test"]), strict=True):
-        assert [row[1:] for row in table[1:]] == [[shown(v) for v in row.values()] for row in block["scale_check"]]
+        assert [row[1:] for row in table[1:]] == [
+            [shown(v) for v in row.values()] for row in block["scale_check"]
+        ]
 
 
 def test_text_shows_settings_label_noise_and_provenance(finished, html):
@@ -135,9 +147,17 @@ def test_text_shows_settings_label_noise_and_provenance(finished, html):
         f"expected label error{noise['expected_label_error']:.3f}",
     ]
     told += [f"labelled pairs{noise['n']}", f"reward scale{noise['reward_scale']:.3f}"]
-    told += [f"{results['n_heldout_prompts']} held-out prompts", "held-out prompts in fits0", results["calibrated_on"]]
+    told += [
+        f"{results['n_heldout_prompts']} held-out prompts",
+        "held-out prompts in fits0",
+        results["calibrated_on"],
+    ]
     told += ["learning_rate0.001", "ensemble_number3", "reward_scalenot set", "replacementno"]
-    told += [f"{v['reliability']['calibration_error']:.3f}" for k, v in results.items() if k in run_report.VARIANTS[1:]]
+    told += [
+        f"{v['reliability']['calibration_error']:.3f}"
+        for k, v in results.items()
+        if k in run_report.VARIANTS[1:]
+    ]
     told += [f"{manifest[step]['wall_seconds']:.1f} s" for step in run_report.STEPS]
     told += [digest[:12] for name, digest in manifest["step5"]["inputs"].items()]
     assert [part for part in told if part not in text] == []
@@ -182,10 +202,14 @@ def test_only_the_report_is_written(run_dir):
 def test_missing_or_changed_file_is_named(run_dir, name):
     with open(run_dir / name, "ab") as file:
         file.write(b"\n")
-    with pytest.raises(InputError, match=f"{re.escape(name)} is not the file that step[578] recorded"):
+    with pytest.raises(
+        InputError, match=f"{re.escape(name)} is not the file that step[578] recorded"
+    ):
         run_report.read(run_dir)
     (run_dir / name).unlink()
-    with pytest.raises(InputError, match=f"{re.escape(name)} not found; it is written by step[578]"):
+    with pytest.raises(
+        InputError, match=f"{re.escape(name)} not found; it is written by step[578]"
+    ):
         run_report.read(run_dir)
 
 
@@ -193,7 +217,9 @@ def test_steps_of_different_runs_are_refused(run_dir):
     manifest = artifacts.read_manifest(run_dir)
     manifest["step8"]["inputs"]["distillation_config.json"] = "0" * 64
     artifacts.write_json(run_dir / artifacts.MANIFEST, manifest)
-    with pytest.raises(InputError, match=r"step7 has replaced distillation_config\.json since step8 ran"):
+    with pytest.raises(
+        InputError, match=r"step7 has replaced distillation_config\.json since step8 ran"
+    ):
         run_report.read(run_dir)
     del manifest["step8"]
     artifacts.write_json(run_dir / artifacts.MANIFEST, manifest)
@@ -211,7 +237,8 @@ def test_command_line(run_dir):
     failed = call(run_dir / "nowhere")
     assert failed.returncode == 2 and not (run_dir / "nowhere").exists()
     assert re.fullmatch(
-        r"report: .*nowhere: expected the OUTPUT_DIR of a finished run, found no such folder\n", failed.stderr
+        r"report: .*nowhere: expected the OUTPUT_DIR of a finished run, found no such folder\n",
+        failed.stderr,
     )
 
 
@@ -236,7 +263,16 @@ def test_text_from_files_is_escaped(run_dir):
 def test_smallest_run(tmp_path):
     """K = 2, one member, plain isotonic, perfect labels, classification, binary target, no test set."""
     data = make_data(tmp_path / "data", "--n_splits", "2", "--n_test_splits", "2")
-    flags = ["--ensemble_number", "1", "--rm_objective", "clf", "--pairing", "sameprompt", "--annotation_quality", "-1"]
+    flags = [
+        "--ensemble_number",
+        "1",
+        "--rm_objective",
+        "clf",
+        "--pairing",
+        "sameprompt",
+        "--annotation_quality",
+        "-1",
+    ]
     for step in (5, 6, 7, 8):
         last = ["--isotonic", "plain", "--binarize_rewards", "1"] if step >= 7 else []
         run_step(step, data, tmp_path / "out", *flags, "--n_pairs", "1", *last)
@@ -246,14 +282,21 @@ def test_smallest_run(tmp_path):
         (folder / name).unlink()
     page = Page(page_of(folder))
     assert len(page.tables) == 4 and page.tables[0][0][3:5] == ["Best of 2", "Gain, best of 2"]
-    assert "classification objective, same-prompt pairs" in page.text and "Loss of 1 member" in page.text
+    assert (
+        "classification objective, same-prompt pairs" in page.text
+        and "Loss of 1 member" in page.text
+    )
     assert "annotation quality-1, perfect labels" in page.text and "Test:" not in page.text
 
 
 def test_nulls_have_a_reason(run_dir):
     def edit(results):
         teacher = results["Teacher ORM"]
-        teacher |= {"spearman": None, "spearman_ci95": [None, None], "n_prompts_without_spearman": 12}
+        teacher |= {
+            "spearman": None,
+            "spearman_ci95": [None, None],
+            "n_prompts_without_spearman": 12,
+        }
         teacher["best_of_n_gain"] = dict.fromkeys(teacher["best_of_n_gain"])
         results["Student"]["n_prompts_without_spearman"] = 1
         told = {"difference": None, "ci95": [None, None], "p_value": None}
@@ -264,7 +307,11 @@ def test_nulls_have_a_reason(run_dir):
     page = Page(html)
     assert page.tables[0][1][1] == page.tables[0][1][4] == page.tables[2][2][1] == "—"
     n = json.loads((run_dir / "validation_results.json").read_text())["n_prompts"]
-    for note in ("undefined: golden rewards do not differ", f"left out: 1 of {n} prompts", "raw scores have no unit"):
+    for note in (
+        "undefined: golden rewards do not differ",
+        f"left out: 1 of {n} prompts",
+        "raw scores have no unit",
+    ):
         assert note in page.text
     assert "On held-out prompts Spearman is undefined" in page.text
 
@@ -281,7 +328,8 @@ def test_scatter_is_subsampled_the_same_way_every_time():
     drawn = run_report.scatter_figure("a", predicted, golden, "golden reward")
     assert drawn == run_report.scatter_figure("a", predicted, golden, "golden reward")
     assert (
-        len(re.findall(rf"<use[^>]*fill: {run_report.COLOUR[run_report.FINAL]}", drawn, re.I)) == run_report.MAX_POINTS
+        len(re.findall(rf"<use[^>]*fill: {run_report.COLOUR[run_report.FINAL]}", drawn, re.I))
+        == run_report.MAX_POINTS
     )
 
 
@@ -289,7 +337,12 @@ def test_numbers():
     told = [run_report.number(x) for x in (-0.0004, -0.0006, 1.23449, None, 1234)]
     assert told == ["0.000", "−0.001", "1.234", "—", "1234.000"]
     assert [run_report.number(x, "+") for x in (0.0004, 0.5, -0.5)] == ["0.000", "+0.500", "−0.500"]
-    assert [run_report.p_value(p) for p in (0.0005, 0.001, 0.9735, None)] == ["p < 0.001", "p = 0.001", "p = 0.974", ""]
+    assert [run_report.p_value(p) for p in (0.0005, 0.001, 0.9735, None)] == [
+        "p < 0.001",
+        "p = 0.001",
+        "p = 0.974",
+        "",
+    ]
     assert run_report.interval([None, None]) == run_report.interval(None) == ""
 
 

@@ -1,7 +1,8 @@
 """Prepared pairs and attribute heads whose truth is known, for the tests of the interpretable studies.
 
-Of each embedding the first four numbers are helpful, safe, verbose and clear; the heads of the first two see verbosity
-as well, three times as large. A prompt whose embedding begins above 0 asks for the helpful response, else for the safe.
+Of each embedding the first four numbers are helpful, safe, verbose and clear; the heads of the
+first two see verbosity as well, three times as large. A prompt whose embedding begins above 0 asks
+for the helpful response, else for the safe.
 """
 
 import importlib
@@ -69,7 +70,10 @@ def make_heads(folder, prompts=("of the heads",), penalties=PENALTIES):
     model = multi_objective.AttributeModel(heads, np.array(penalties), NAMES, "verbosity")
     multi_objective.save(folder, model, np.ones(len(NAMES)), "ratings")
     artifacts.write_json(folder / gating.HEADS_RECORD, {"data": {"source": SOURCE}})
-    split = {"fit": attribute_data.groups_of(prompts), "held_out": attribute_data.groups_of(["held out"])}
+    split = {
+        "fit": attribute_data.groups_of(prompts),
+        "held_out": attribute_data.groups_of(["held out"]),
+    }
     artifacts.write_json(folder / gating.HEADS_SPLIT, split)
     return folder
 
@@ -78,6 +82,15 @@ def make_gate(folder, *flags, **changes):
     """A model folder with a gate, trained on 400 pairs to prompts "train 0" ... "train 399"."""
     make_heads(folder)
     make_pairs(folder / "train.safetensors", **changes)
-    flags = ["--pairs", str(folder / "train.safetensors"), "--model_dir", str(folder), *QUICK, "--epochs", "12", *flags]
+    flags = [
+        "--pairs",
+        str(folder / "train.safetensors"),
+        "--model_dir",
+        str(folder),
+        *QUICK,
+        "--epochs",
+        "12",
+        *flags,
+    ]
     script("interpretable_gating").main(flags)
     return folder

@@ -56,7 +56,9 @@ def write_shards(folder, data, n=3, stem="data"):
     paths = [folder / attribute_data.shard_name(stem, idx, n) for idx in range(n)]
     for path, start, end in zip(paths, ends[:-1], ends[1:], strict=True):
         part = part_of(data, slice(start, end))
-        attribute_data.write(path, replace(part, left_out=data.left_out if path == paths[0] else []))
+        attribute_data.write(
+            path, replace(part, left_out=data.left_out if path == paths[0] else [])
+        )
     return paths
 
 
@@ -69,7 +71,7 @@ def assert_same(found, expected):
         assert getattr(found, name) == getattr(expected, name)
 
 
-# ---------------------------------------------------------------------------------------------------- writing, reading
+# --------------------------------------------------------------------------------- writing, reading
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -104,7 +106,9 @@ def test_equal_content_is_equal_bytes(tmp_path):
 
 
 def test_optional_parts_may_be_absent(tmp_path):
-    bare = rated(True, labels=None, attributes=[], subsets=None, prompt_embeddings=None, left_out=[])
+    bare = rated(
+        True, labels=None, attributes=[], subsets=None, prompt_embeddings=None, left_out=[]
+    )
     attribute_data.write(tmp_path / "a", bare)
     found = attribute_data.read(tmp_path / "a", pairs=True)
     assert found.labels is found.subsets is found.prompt_embeddings is None and found.left_out == []
@@ -134,7 +138,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-# ------------------------------------------------------------------------------------------------------ take, blocks
+# ------------------------------------------------------------------------------------- take, blocks
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(sum), st.booleans(), st.data())
@@ -161,12 +165,15 @@ def test_blocks_cover_the_rows_once_in_bounded_memory(block_bytes, pairs, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attribute_data, "BLOCK_BYTES", block_bytes)
         for part, x in prepared.blocks(rows):
-            assert x.nbytes <= max(block_bytes, 4 * np.prod(prepared.shape[1:])) and np.isnan(seen[part]).all()
+            assert (
+                x.nbytes <= max(block_bytes, 4 * np.prod(prepared.shape[1:]))
+                and np.isnan(seen[part]).all()
+            )
             seen[part] = x
     np.testing.assert_array_equal(seen, prepared.embeddings[0][rows])
 
 
-# ------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 def test_shards_are_one_file_in_the_order_of_their_numbers(tmp_path):
@@ -190,47 +197,69 @@ def test_a_missing_shard_is_named(tmp_path):
     paths[1].unlink()
     message = r"data-00001-of-00003\.safetensors is missing: expected 3 shards, found 2, without 1; .* --shard_idx 1"
     for wanted in ("data-*.safetensors", "data-00000-of-00003.safetensors"):
-        with pytest.raises(InputError, match=message if "*" in wanted else "is missing: expected 3 shards, found 1"):
+        with pytest.raises(
+            InputError, match=message if "*" in wanted else "is missing: expected 3 shards, found 1"
+        ):
             attribute_data.read(tmp_path / wanted)
 
 
 def test_the_same_shard_twice(tmp_path):
     paths = write_shards(tmp_path / "a", rated())
-    with pytest.raises(InputError, match=r"expected each of the shards 0-2 of data once, found \[0, 1, 1, 2\]"):
+    with pytest.raises(
+        InputError, match=r"expected each of the shards 0-2 of data once, found \[0, 1, 1, 2\]"
+    ):
         attribute_data.merge([*paths, write_shards(tmp_path / "b", rated())[1]])
 
 
 def test_a_number_beyond_the_last(tmp_path):
     paths = write_shards(tmp_path, rated())
     paths[2].rename(tmp_path / "data-00003-of-00003.safetensors")
-    with pytest.raises(InputError, match=r"expected each of the shards 0-2 of data once, found \[0, 1, 3\]"):
+    with pytest.raises(
+        InputError, match=r"expected each of the shards 0-2 of data once, found \[0, 1, 3\]"
+    ):
         attribute_data.read(tmp_path / "*.safetensors")
 
 
-@pytest.mark.parametrize(("stem", "n"), [("other", 3), ("data", 2)], ids=["another stem", "another number"])
+@pytest.mark.parametrize(
+    ("stem", "n"), [("other", 3), ("data", 2)], ids=["another stem", "another number"]
+)
 def test_a_pattern_that_catches_other_data(tmp_path, stem, n):
     write_shards(tmp_path, rated())
     write_shards(tmp_path, rated(), n=n, stem=stem)
-    with pytest.raises(InputError, match=r"expected a shard of data, \d in all, as data-00000-of-0000\d"):
+    with pytest.raises(
+        InputError, match=r"expected a shard of data, \d in all, as data-00000-of-0000\d"
+    ):
         attribute_data.read(tmp_path / "*.safetensors")
 
 
 def test_a_pattern_that_catches_the_merged_file(tmp_path):
     write_shards(tmp_path, rated())
     attribute_data.write(tmp_path / "data.safetensors", rated())
-    with pytest.raises(InputError, match=r"expected shards named stem-00000-of-00002\.safetensors, found data\.safe"):
+    with pytest.raises(
+        InputError,
+        match=r"expected shards named stem-00000-of-00002\.safetensors, found data\.safe",
+    ):
         attribute_data.read(tmp_path / "data*")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": {"producer": "another"}}, "expected source {.*} as in data-00000-of-00003.safetensors, found"),
+        (
+            {"source": {"producer": "another"}},
+            "expected source {.*} as in data-00000-of-00003.safetensors, found",
+        ),
         ({"attributes": ["helpful", "length"]}, "expected attributes .* found"),
         ({"labels": None, "attributes": NAMES}, "expected labels True as in .* found False"),
         ({"subsets": None}, "expected subsets True as in .* found False"),
-        ({"embeddings": [np.zeros((2, D + 1), np.float32)]}, r"expected embeddings \('float32', 2\) .* 3\)"),
-        ({"embeddings": [np.zeros((2, D), np.float16)]}, r"expected embeddings \('float32', 2\) .*'float16'"),
+        (
+            {"embeddings": [np.zeros((2, D + 1), np.float32)]},
+            r"expected embeddings \('float32', 2\) .* 3\)",
+        ),
+        (
+            {"embeddings": [np.zeros((2, D), np.float16)]},
+            r"expected embeddings \('float32', 2\) .*'float16'",
+        ),
         ({"ids": ["row 0", "x"]}, "ids: expected 6 different ones, found 'row 0' twice"),
     ],
     ids=["source", "attributes", "labels", "subsets", "dimensions", "dtype", "ids"],
@@ -242,7 +271,7 @@ def test_shards_of_different_data(tmp_path, change, message):
         attribute_data.read(tmp_path / "*.safetensors")
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -275,7 +304,10 @@ def test_content_that_does_not_fit(tmp_path, change, message):
 def test_labels_of_pairs_are_probabilities(tmp_path, bad):
     labels = rated().labels
     labels[3, 1] = bad
-    with pytest.raises(InputError, match=rf"probabilities in \[0, 1\] for pairs, .* found {bad:g}\S* in row 3, verb"):
+    with pytest.raises(
+        InputError,
+        match=rf"probabilities in \[0, 1\] for pairs, .* found {bad:g}\S* in row 3, verb",
+    ):
         attribute_data.write(tmp_path / "a", rated(True, labels=labels))
     attribute_data.write(tmp_path / "a", rated(labels=labels))
 
@@ -287,13 +319,19 @@ def test_a_row_that_is_not_finite_is_named(tmp_path, bad, pairs, name, monkeypat
     monkeypatch.setattr(attribute_data, "BLOCK_BYTES", 32)
     data = rated(pairs)
     getattr(data, name)[0][4, ..., -1] = bad
-    with pytest.raises(InputError, match=rf"a: {name}: expected finite .* NaN or inf in row 4 \('row 4'\)"):
+    with pytest.raises(
+        InputError, match=rf"a: {name}: expected finite .* NaN or inf in row 4 \('row 4'\)"
+    ):
         attribute_data.write(tmp_path / "a", data)
 
 
 def test_a_row_that_is_not_finite_in_a_file(tmp_path):
     attribute_data.write(tmp_path / "a", rated(embeddings=[np.full((N, D), 1.0, np.float32)]))
-    content = (tmp_path / "a").read_bytes().replace(np.float32(1).tobytes() * 2, np.float32(np.nan).tobytes() * 2, 1)
+    content = (
+        (tmp_path / "a")
+        .read_bytes()
+        .replace(np.float32(1).tobytes() * 2, np.float32(np.nan).tobytes() * 2, 1)
+    )
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(InputError, match="expected finite numbers, found NaN or inf in row 0"):
         attribute_data.read(tmp_path / "a")
@@ -302,9 +340,14 @@ def test_a_row_that_is_not_finite_in_a_file(tmp_path):
 def test_pairs_where_ratings_are_asked_for_and_the_other_way_round(tmp_path):
     attribute_data.write(tmp_path / "pairs", rated(True))
     attribute_data.write(tmp_path / "ratings", rated())
-    with pytest.raises(InputError, match=r"expected embeddings \(n, D\) rated responses, found \(6, 2, 2\): pairs"):
+    with pytest.raises(
+        InputError, match=r"expected embeddings \(n, D\) rated responses, found \(6, 2, 2\): pairs"
+    ):
         attribute_data.read(tmp_path / "pairs", pairs=False)
-    with pytest.raises(InputError, match=r"expected embeddings \(n, 2, D\) pairs, .* found \(6, 2\): rated responses"):
+    with pytest.raises(
+        InputError,
+        match=r"expected embeddings \(n, 2, D\) pairs, .* found \(6, 2\): rated responses",
+    ):
         attribute_data.read(tmp_path / "ratings", pairs=True)
 
 
@@ -315,7 +358,10 @@ def test_labels_that_are_asked_for(tmp_path):
     labels = rated().labels
     labels[:, 1] = np.nan
     attribute_data.write(tmp_path / "empty", rated(labels=labels))
-    with pytest.raises(InputError, match="expected labels for every attribute, found none for verbosity; leave it out"):
+    with pytest.raises(
+        InputError,
+        match="expected labels for every attribute, found none for verbosity; leave it out",
+    ):
         attribute_data.read(tmp_path / "empty", labels=True)
 
 
@@ -331,7 +377,9 @@ def test_an_attribute_that_is_not_there(tmp_path):
 
 
 def test_no_file_no_rows_and_other_files(tmp_path):
-    with pytest.raises(InputError, match=r"expected a prepared file or a pattern of shards, found none"):
+    with pytest.raises(
+        InputError, match=r"expected a prepared file or a pattern of shards, found none"
+    ):
         attribute_data.read(tmp_path / "nowhere.safetensors")
     (tmp_path / "text").write_text("not tensors")
     with pytest.raises(InputError, match=r"text: expected a whole \.safetensors file"):
@@ -339,8 +387,12 @@ def test_no_file_no_rows_and_other_files(tmp_path):
     save_file({"weights": np.zeros(3)}, tmp_path / "weights")
     with pytest.raises(InputError, match="expected a tensor 'embeddings', found weights"):
         attribute_data.read(tmp_path / "weights")
-    save_file({"embeddings": np.zeros((2, D), np.int8), "groups": np.zeros(2, int)}, tmp_path / "bytes")
-    with pytest.raises(InputError, match="embeddings: expected one of F16, F32, F64, I64, found I8"):
+    save_file(
+        {"embeddings": np.zeros((2, D), np.int8), "groups": np.zeros(2, int)}, tmp_path / "bytes"
+    )
+    with pytest.raises(
+        InputError, match="embeddings: expected one of F16, F32, F64, I64, found I8"
+    ):
         attribute_data.read(tmp_path / "bytes")
     attribute_data.write(tmp_path / "empty", part_of(rated(), slice(0, 0)))
     with pytest.raises(InputError, match="expected at least one row, found none; 1 were left out"):
@@ -361,7 +413,7 @@ def test_names_longer_than_readers_of_the_format_take(tmp_path, monkeypatch):
         attribute_data.write(tmp_path / "a", rated())
 
 
-# ------------------------------------------------------------------------------------------------------ prompts, splits
+# ---------------------------------------------------------------------------------- prompts, splits
 
 
 def test_equal_prompts_are_one_group_in_every_file():
@@ -369,7 +421,9 @@ def test_equal_prompts_are_one_group_in_every_file():
     assert groups[0] == groups[2] and len(set(groups)) == 3
     assert attribute_data.groups_of(["b"])[0] == groups[1]
     assert groups.dtype == np.int64 and groups.min() >= 0 and groups.max() < 2**53
-    assert groups[0] == 0x1957A379425032  # of sha256("a"): another number would be another prompt in files of today
+    assert (
+        groups[0] == 0x1957A379425032
+    )  # of sha256("a"): another number would be another prompt in files of today
 
 
 SHARES = {"fit": 0.5, "validation": 0.2, "reference": 0.0, "held_out": 0.3}
@@ -380,7 +434,9 @@ SHARES = {"fit": 0.5, "validation": 0.2, "reference": 0.0, "held_out": 0.3}
 def test_a_prompt_is_in_one_part_and_every_row_is_in_one(sizes, seed):
     groups = np.random.default_rng(seed).permutation(np.repeat(1000 * np.arange(len(sizes)), sizes))
     found = attribute_data.split_prompts(groups, SHARES, np.random.default_rng(seed))
-    np.testing.assert_array_equal(np.sort(np.concatenate(list(found.values()))), np.arange(len(groups)))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(list(found.values()))), np.arange(len(groups))
+    )
     parts = [set(groups[rows]) for rows in found.values()]
     assert sum(map(len, parts)) == len(set(groups))
     assert not len(found["reference"])
@@ -397,5 +453,7 @@ def test_the_parts_have_their_shares_and_follow_the_prompts():
 
 
 def test_too_few_prompts_to_split():
-    with pytest.raises(InputError, match=r"50% fit, 20% validation, .* found 2 and none for validation"):
+    with pytest.raises(
+        InputError, match=r"50% fit, 20% validation, .* found 2 and none for validation"
+    ):
         attribute_data.split_prompts(np.array([7, 7, 9, 9]), SHARES, np.random.default_rng(0))

@@ -29,7 +29,7 @@ def prompts(n=5, seed=0):
     return torch.from_numpy(3 * rng(seed).standard_normal((n, D)).astype(np.float32))
 
 
-# ------------------------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 2), (2, 3, 5)], ids=str)
@@ -93,7 +93,7 @@ def test_a_gate_of_zero_hidden_weights_is_uniform_over_what_is_learned():
         np.testing.assert_allclose(gate(prompts(2)), [[0.2, 0.4, 0.2, 0.2]] * 2, rtol=1e-6)
 
 
-# -------------------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------------------------------- reward
 
 
 def test_the_reward_is_the_weighted_sum_with_one_gate_for_all_responses():
@@ -103,19 +103,23 @@ def test_the_reward_is_the_weighted_sum_with_one_gate_for_all_responses():
         weights, found = gate(x).numpy(), gated_rewards(gate, x, rewards)
     for n in range(3):
         for k in range(2):
-            assert found[n, k].item() == pytest.approx(sum(weights[n, a] * rewards[n, k, a].item() for a in range(A)))
+            assert found[n, k].item() == pytest.approx(
+                sum(weights[n, a] * rewards[n, k, a].item() for a in range(A))
+            )
 
 
 def test_swapping_the_pair_negates_the_difference():
     gate, x = make_gate(), prompts(8)
     rewards = torch.from_numpy(rng(1).standard_normal((8, 2, A)).astype(np.float32))
     with torch.inference_mode():
-        there, back = (gated_rewards(gate, x, r) @ torch.tensor([1.0, -1]) for r in (rewards, rewards.flip(1)))
+        there, back = (
+            gated_rewards(gate, x, r) @ torch.tensor([1.0, -1]) for r in (rewards, rewards.flip(1))
+        )
     np.testing.assert_allclose(back, -there, rtol=1e-5, atol=1e-6)
     assert (there.abs() > 1e-3).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def preferences(n, seed=0, noise=0.0):
@@ -132,7 +136,9 @@ def fit_gate(x, rewards, frozen=LEARNED, seed=0, epochs=12, **settings):
     n = len(x)
     parts = np.arange(n)[: -n // 5], np.arange(n)[-n // 5 :]
     shape = {"hidden": (64, 64), "temperature": 1.0, **settings}
-    return train_gate(x, np.ascontiguousarray(rewards), parts, frozen, Training(epochs, 3e-3, 32), seed, **shape)
+    return train_gate(
+        x, np.ascontiguousarray(rewards), parts, frozen, Training(epochs, 3e-3, 32), seed, **shape
+    )
 
 
 def test_the_gate_finds_which_attribute_a_prompt_asks_for():
@@ -158,7 +164,9 @@ def test_the_best_epoch_is_the_one_that_is_kept():
     x, rewards, _ = preferences(160, noise=20)
     gate, log = fit_gate(x, rewards, epochs=60)
     held = slice(-160 // 5, None)
-    gap = torch.from_numpy((predict_gate(gate, x[held]) * (rewards[held, 0] - rewards[held, 1])).sum(1))
+    gap = torch.from_numpy(
+        (predict_gate(gate, x[held]) * (rewards[held, 0] - rewards[held, 1])).sum(1)
+    )
     found = torch.nn.functional.softplus(-gap * gate.log_scale.exp()).mean().item()
     assert found == pytest.approx(min(entry["validation_loss"] for entry in log), rel=1e-4)
     assert not log[-1]["best"]
@@ -169,7 +177,9 @@ def test_the_same_seed_gives_the_same_gate_and_leaves_the_global_stream_alone():
     before = torch.random.get_rng_state()
     states = [fit_gate(x, rewards, seed=seed, dropout=0.5)[0].state_dict() for seed in (0, 0, 1)]
     assert torch.equal(torch.random.get_rng_state(), before)
-    same = [all(torch.equal(states[0][k], s[k]) or k == "frozen" for k in states[0]) for s in states]
+    same = [
+        all(torch.equal(states[0][k], s[k]) or k == "frozen" for k in states[0]) for s in states
+    ]
     assert same == [True, True, False]
 
 
@@ -187,10 +197,15 @@ def test_the_scale_starts_where_uniform_weights_fit_and_not_below_1():
 
     def start(values):
         parts = np.arange(300), np.arange(300, 400)
-        return train_gate(x, values, parts, LEARNED, nothing, 0, hidden=(4,))[0].log_scale.exp().item()
+        return (
+            train_gate(x, values, parts, LEARNED, nothing, 0, hidden=(4,))[0].log_scale.exp().item()
+        )
 
     small = np.ascontiguousarray(rewards / 10)
-    losses = [np.logaddexp(0, -s * (small[:300, 0] - small[:300, 1]).mean(1)).mean() for s in SCALES.numpy()]
+    losses = [
+        np.logaddexp(0, -s * (small[:300, 0] - small[:300, 1]).mean(1)).mean()
+        for s in SCALES.numpy()
+    ]
     assert start(small) == pytest.approx(SCALES[int(np.argmin(losses))].item(), rel=1e-5)
     assert start(small) > 5 * start(np.ascontiguousarray(rewards))
     assert start(np.ascontiguousarray(rewards[:, ::-1])) == pytest.approx(1)
@@ -202,12 +217,14 @@ def test_weight_decay_pulls_the_gate_towards_uniform():
     for decay in (0.0, 30.0):
         parts = np.arange(160), np.arange(160, 200)
         settings = Training(8, 3e-3, 16, weight_decay=decay)
-        gate, _ = train_gate(x, np.ascontiguousarray(rewards), parts, LEARNED, settings, 0, hidden=(32,))
+        gate, _ = train_gate(
+            x, np.ascontiguousarray(rewards), parts, LEARNED, settings, 0, hidden=(32,)
+        )
         spread[decay] = predict_gate(gate, x).std(0).mean()
     assert spread[30.0] < 0.5 * spread[0.0]
 
 
-# ------------------------------------------------------------------------------------------- attributes, debiased
+# ----------------------------------------------------------------------------- attributes, debiased
 
 
 NAMES = ["helpful", "verbosity", "safe", "clear"]
@@ -222,10 +239,15 @@ def test_what_is_standardised_is_the_debiased_score():
     model = attribute_model()
     raw = rng().standard_normal((50, 2, A)) * 3 + 1
     gated = gating.standardise(model, ["helpful", "safe", "clear"], raw)
-    by_hand = np.stack([raw[..., 0] - 2 * raw[..., 1], raw[..., 2] + raw[..., 1], raw[..., 3] - 0.5 * raw[..., 1]], -1)
+    by_hand = np.stack(
+        [raw[..., 0] - 2 * raw[..., 1], raw[..., 2] + raw[..., 1], raw[..., 3] - 0.5 * raw[..., 1]],
+        -1,
+    )
     np.testing.assert_allclose(gating.debiased(gated, raw), by_hand)
     centre, spread = by_hand.reshape(-1, 3).mean(0), by_hand.reshape(-1, 3).std(0)
-    np.testing.assert_allclose(gating.standardised(gated, raw), (by_hand - centre) / spread, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        gating.standardised(gated, raw), (by_hand - centre) / spread, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_dropped_verbosity_still_debiases_the_others():
@@ -233,7 +255,9 @@ def test_a_dropped_verbosity_still_debiases_the_others():
     raw = rng().standard_normal((50, A))
     with_it = gating.standardise(model, NAMES, raw)
     without = gating.standardise(model, ["helpful", "safe"], raw)
-    np.testing.assert_array_equal(gating.debiased(with_it, raw)[:, [0, 2]], gating.debiased(without, raw))
+    np.testing.assert_array_equal(
+        gating.debiased(with_it, raw)[:, [0, 2]], gating.debiased(without, raw)
+    )
 
 
 def test_an_attribute_without_spread_is_refused():
@@ -250,7 +274,11 @@ def test_an_attribute_without_spread_is_refused():
         (["safe"], {"safe": 0.1}, "safe: expected to be dropped or frozen, found both"),
         ([], {"safe": 0.6, "clear": 0.4}, "add up to less than 1, found safe=0.6, clear=0.4"),
         ([], {"safe": -0.1}, "weights from 0"),
-        (["verbosity", "safe"], {"clear": 0.1}, "at least two attributes whose weights are learned, found 1 of 4"),
+        (
+            ["verbosity", "safe"],
+            {"clear": 0.1},
+            "at least two attributes whose weights are learned, found 1 of 4",
+        ),
     ],
 )
 def test_attributes_that_cannot_be_dropped_or_frozen(drop, freeze, match):
@@ -264,7 +292,7 @@ def test_attributes_after_dropping_and_freezing():
     np.testing.assert_array_equal(frozen, [np.nan, np.float32(0.25), np.nan])
 
 
-# --------------------------------------------------------------------------------------------------------------- split
+# -------------------------------------------------------------------------------------------- split
 
 
 def test_a_split_keeps_prompts_together_and_has_the_shares():
@@ -273,19 +301,23 @@ def test_a_split_keeps_prompts_together_and_has_the_shares():
     np.testing.assert_array_equal(np.sort(np.concatenate(list(split.values()))), np.arange(2000))
     sides = [set(groups[rows]) for rows in split.values()]
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
-    assert len(split["held_out"]) == pytest.approx(400, abs=20) and len(split["validation"]) == pytest.approx(
-        200, abs=20
-    )
+    assert len(split["held_out"]) == pytest.approx(400, abs=20) and len(
+        split["validation"]
+    ) == pytest.approx(200, abs=20)
     again = gating.split_prompts(groups, np.array([]), 0.2, 0.1, seed=6)
     assert all(np.array_equal(split[name], again[name]) for name in split)
-    assert not np.array_equal(split["fit"], gating.split_prompts(groups, np.array([]), 0.2, 0.1, seed=7)["fit"])
+    assert not np.array_equal(
+        split["fit"], gating.split_prompts(groups, np.array([]), 0.2, 0.1, seed=7)["fit"]
+    )
 
 
 def test_prompts_of_the_heads_are_never_held_out_and_validated_on_last():
     groups = np.repeat(np.arange(100), 3)
     split = gating.split_prompts(groups, np.arange(75), 0.2, 0.1, seed=6)
     assert set(groups[split["held_out"]]) <= set(range(75, 100)) and len(split["held_out"]) == 60
-    assert set(groups[split["validation"]]) - set(range(75)) == set(range(75, 100)) - set(groups[split["held_out"]])
+    assert set(groups[split["validation"]]) - set(range(75)) == set(range(75, 100)) - set(
+        groups[split["held_out"]]
+    )
     nothing = gating.split_prompts(groups, np.arange(100), 0.2, 0.1, seed=6)
     assert len(nothing["held_out"]) == 0 and len(nothing["validation"]) == 30
 
@@ -296,7 +328,12 @@ def test_a_single_prompt_cannot_be_split():
 
 
 def record_of_heads(folder, prompts, source):
-    groups = {"fit": prompts[:2], "validation": prompts[2:3], "reference": prompts[3:4], "held_out": prompts[4:]}
+    groups = {
+        "fit": prompts[:2],
+        "validation": prompts[2:3],
+        "reference": prompts[3:4],
+        "held_out": prompts[4:],
+    }
     artifacts.write_json(folder / gating.HEADS_SPLIT, groups)
     artifacts.write_json(folder / gating.HEADS_RECORD, {"data": {"source": source}})
 
@@ -304,7 +341,10 @@ def record_of_heads(folder, prompts, source):
 def test_prompts_of_the_heads_are_those_of_every_part_but_the_held_out(tmp_path):
     prompts = attribute_data.groups_of(list("abcdef"))
     record_of_heads(tmp_path, prompts, {"prompt_position": "end"})
-    data = rated(groups=attribute_data.groups_of(list("xyafdz")), source={"prompt_position": "end", "dataset": "pairs"})
+    data = rated(
+        groups=attribute_data.groups_of(list("xyafdz")),
+        source={"prompt_position": "end", "dataset": "pairs"},
+    )
     seen = gating.prompts_of_heads(tmp_path, data)
     np.testing.assert_array_equal(seen, np.sort(prompts[:4]))
     split = gating.split_prompts(data.groups, seen, 0.5, 0.2, 6)
@@ -325,7 +365,9 @@ def test_prompts_of_the_heads_are_those_of_every_part_but_the_held_out(tmp_path)
         ("counted", {}, False),
     ],
 )
-def test_prompts_are_compared_only_where_both_files_number_them_alike(tmp_path, numbers, source, known):
+def test_prompts_are_compared_only_where_both_files_number_them_alike(
+    tmp_path, numbers, source, known
+):
     of_heads = {} if not source else {"prompt_position": "end", "dataset": "rated"}
     prompts = attribute_data.groups_of(list("abcdef")) if numbers == "hashed" else np.arange(6)
     record_of_heads(tmp_path, prompts, of_heads)
@@ -336,21 +378,28 @@ def test_prompts_are_compared_only_where_both_files_number_them_alike(tmp_path, 
         assert told["shared"] is None and "cannot be told" in told["told"]
 
 
-# ----------------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
 
 
 def test_the_best_attribute_and_global_weights_on_the_training_pairs():
     _, rewards, _ = preferences(600)
-    assert gating.best_attribute(NAMES, rewards) == NAMES[int(np.argmax((rewards[:, 0] > rewards[:, 1]).mean(0)))]
+    assert (
+        gating.best_attribute(NAMES, rewards)
+        == NAMES[int(np.argmax((rewards[:, 0] > rewards[:, 1]).mean(0)))]
+    )
     found = gating.fit_global_weights(rewards, np.arange(500), np.arange(500, 600))
     assert (found[:2] > 5 * np.abs(found[2:])).all()
-    swapped = gating.fit_global_weights(np.ascontiguousarray(rewards[:, ::-1]), np.arange(500), np.arange(500, 600))
+    swapped = gating.fit_global_weights(
+        np.ascontiguousarray(rewards[:, ::-1]), np.arange(500), np.arange(500, 600)
+    )
     np.testing.assert_allclose(swapped, -found, atol=1e-3)
 
 
 def test_accuracy_is_a_mean_over_prompts_with_ties_one_half():
     scores = np.array([[1.0, 0], [0, 1], [2, 2], [1, 0]])
-    np.testing.assert_array_equal(gating.prompt_accuracy(scores, np.array([8, 8, 3, 5])), [0.5, 1, 0.5])
+    np.testing.assert_array_equal(
+        gating.prompt_accuracy(scores, np.array([8, 8, 3, 5])), [0.5, 1, 0.5]
+    )
 
 
 def test_a_gate_is_compared_with_the_others_prompt_by_prompt():
@@ -359,19 +408,24 @@ def test_a_gate_is_compared_with_the_others_prompt_by_prompt():
     found = gating.compare(scores, np.array([0, 1, 2, 3]), 6)
     assert (found["n_pairs"], found["n_prompts"]) == (4, 4)
     assert [found["methods"][name]["accuracy"] for name in margins] == [0.75, 0.5]
-    assert found["gate_minus"]["uniform"]["difference"] == 0.25 and "gate" not in found["gate_minus"]
+    assert (
+        found["gate_minus"]["uniform"]["difference"] == 0.25 and "gate" not in found["gate_minus"]
+    )
     assert gating.compare({"gate": np.empty((0, 2))}, np.array([], int), 6) is None
 
 
 def test_weights_are_described_by_mean_spread_and_entropy():
     found = gating.describe_weights(["a", "b"], np.array([[1.0, 0], [0, 1]], np.float32))
-    assert found["mean"] == {"a": 0.5, "b": 0.5} and found["sd_between_prompts"] == {"a": 0.5, "b": 0.5}
+    assert found["mean"] == {"a": 0.5, "b": 0.5} and found["sd_between_prompts"] == {
+        "a": 0.5,
+        "b": 0.5,
+    }
     assert found["relative_entropy"] == 0 and found["entropy_of_mean"] == pytest.approx(1)
     same = gating.describe_weights(["a", "b"], np.full((3, 2), 0.5))
     assert same["relative_entropy"] == pytest.approx(1) and same["sd_between_prompts"]["a"] == 0
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 @pytest.fixture
@@ -380,7 +434,13 @@ def saved(tmp_path):
     multi_objective.save(tmp_path, model, np.ones(A), "ratings")
     gated = gating.standardise(model, ["helpful", "safe", "clear"], rng().standard_normal((50, A)))
     gate = make_gate(np.array([np.nan, 0.25, np.nan], np.float32), temperature=3.0, scale=2.5)
-    gated = replace(gated, gate=gate, single="safe", global_weights=rng(1).random(3), linear_head=rng(2).random(D))
+    gated = replace(
+        gated,
+        gate=gate,
+        single="safe",
+        global_weights=rng(1).random(3),
+        linear_head=rng(2).random(D),
+    )
     gating.save(tmp_path, gated)
     return tmp_path, gated
 
@@ -401,7 +461,11 @@ def test_a_saved_gate_gives_the_same_rewards(saved):
     loaded = gating.load(folder, rated())
     for data in (rated(), rated(pairs=False)):
         before, after = (gating.rewards(each, data, np.arange(6)) for each in (gated, loaded))
-        assert list(before) == list(after) and "attribute helpful" in after and "attribute verbosity" not in after
+        assert (
+            list(before) == list(after)
+            and "attribute helpful" in after
+            and "attribute verbosity" not in after
+        )
         for method, values in before.items():
             assert values.shape == data.shape[:-1]
             np.testing.assert_array_equal(values, after[method])
@@ -432,16 +496,23 @@ def test_the_rewards_of_every_method_by_hand(saved):
 def test_a_gate_is_refused_beside_other_heads(saved):
     folder, _ = saved
     multi_objective.save(folder, attribute_model((1.0, 0, 0, 0)), np.ones(A), "ratings")
-    with pytest.raises(InputError, match="are not those it was trained on; run studies/interpretable_gating.py again"):
+    with pytest.raises(
+        InputError,
+        match="are not those it was trained on; run studies/interpretable_gating.py again",
+    ):
         gating.load(folder)
 
 
 def test_a_gate_is_refused_for_other_prompts(saved):
     folder, _ = saved
     other = rated(prompt_embeddings=[np.zeros((6, D + 1), np.float32)])
-    with pytest.raises(InputError, match=f"of {D} dimensions as the gate was trained on, found {D + 1}"):
+    with pytest.raises(
+        InputError, match=f"of {D} dimensions as the gate was trained on, found {D + 1}"
+    ):
         gating.load(folder, other)
-    with pytest.raises(InputError, match="expected prompt_embeddings, which the gate reads, found none"):
+    with pytest.raises(
+        InputError, match="expected prompt_embeddings, which the gate reads, found none"
+    ):
         gating.load(folder, rated(prompt_embeddings=None))
 
 
@@ -449,10 +520,14 @@ def test_an_absent_or_damaged_gate_is_refused(saved):
     folder, _ = saved
     path = folder / gating.GATE
     attribute_data.write_tensors(path, {"x": [np.zeros(3)]}, {"attributes": "[]"})
-    with pytest.raises(InputError, match="expected a gate of studies/interpretable_gating.py, found another file"):
+    with pytest.raises(
+        InputError, match="expected a gate of studies/interpretable_gating.py, found another file"
+    ):
         gating.load(folder)
     path.unlink()
-    with pytest.raises(InputError, match="not found; it is written by studies/interpretable_gating.py"):
+    with pytest.raises(
+        InputError, match="not found; it is written by studies/interpretable_gating.py"
+    ):
         gating.load(folder)
 
 

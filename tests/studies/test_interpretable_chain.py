@@ -24,13 +24,17 @@ STAGES = ("regression", "gating", "rewardbench", "report")
 
 
 def environment(**settings):
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    kept = {
+        name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
+    }
     fixed = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return {**kept, **fixed, **{name: str(value) for name, value in {**QUICK, **settings}.items()}}
 
 
 def run(cwd, **settings):
-    return subprocess.run(COMMAND, cwd=cwd, env=environment(**settings), capture_output=True, text=True)
+    return subprocess.run(
+        COMMAND, cwd=cwd, env=environment(**settings), capture_output=True, text=True
+    )
 
 
 def results(folder):
@@ -43,19 +47,23 @@ def results(folder):
     }
 
 
-# -------------------------------------------------------------------------------------------------------------- arrays
+# ------------------------------------------------------------------------------------------- arrays
 
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
     """Ratings of 6 responses to each of 150 prompts in four attributes of known directions, one label in five missing.
 
-    A prompt whose embedding begins above 0 prefers the helpful response, else the safe one; both look at length too.
+    A prompt whose embedding begins above 0 prefers the helpful response, else the safe one; both
+    look at length too.
     """
     folder = tmp_path_factory.mktemp("my arrays")
     rng = np.random.default_rng(0)
     k, n, names = 6, 150, ["helpful", "safe", "length", "$clear$"]
-    x, asked = rng.standard_normal((k, n, 8)).astype(np.float32), rng.standard_normal((n, 5)).astype(np.float32)
+    x, asked = (
+        rng.standard_normal((k, n, 8)).astype(np.float32),
+        rng.standard_normal((n, 5)).astype(np.float32),
+    )
     labels = x[..., :4] + 0.1 * rng.standard_normal((k, n, 4))
     labels[..., :2] += labels[..., 2:3]
     preference = np.where(asked[:, 0] > 0, x[..., 0], x[..., 1])
@@ -65,13 +73,25 @@ def arrays(tmp_path_factory):
     np.save(folder / "ATTRIBUTES_x.npy", labels.astype(np.float32))
     np.save(folder / "PROMPTEMBD_x.npy", asked)
     (folder / "attributes.json").write_text(json.dumps([*names, "preference"]))
-    pairs, prompts = rng.standard_normal((90, 2, 8)).astype(np.float32), rng.standard_normal((30, 5))
+    pairs, prompts = (
+        rng.standard_normal((90, 2, 8)).astype(np.float32),
+        rng.standard_normal((30, 5)),
+    )
     content = {"embeddings": pairs, "prompt_embeddings": np.repeat(prompts, 3, 0)}
     np.savez(folder / "styles.npz", **content, subset=np.repeat(["chat", "code"], 45))
     np.savez(folder / "domains.npz", **content, subset=np.tile(["a<b", "other"], 45))
-    groups = {"ids": [str(i) for i in range(90)], "attributes": ["correct"], "labels": np.float32([[1], [0], [0]] * 30)}
-    groups |= {"groups": np.repeat(np.arange(30), 3), "prompt_embeddings": [content["prompt_embeddings"].astype("f4")]}
-    attribute_data.write(folder / "groups.safetensors", attribute_data.Rated([pairs[:, 0]], **groups))
+    groups = {
+        "ids": [str(i) for i in range(90)],
+        "attributes": ["correct"],
+        "labels": np.float32([[1], [0], [0]] * 30),
+    }
+    groups |= {
+        "groups": np.repeat(np.arange(30), 3),
+        "prompt_embeddings": [content["prompt_embeddings"].astype("f4")],
+    }
+    attribute_data.write(
+        folder / "groups.safetensors", attribute_data.Rated([pairs[:, 0]], **groups)
+    )
     return folder
 
 
@@ -103,27 +123,43 @@ def test_from_arrays(from_arrays):
     folder, result = from_arrays
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     out = folder / "interpretable_out"
-    for name in ("prepare-rated", "prepare-first", "prepare-pairs", "prepare-benchmark-made up", *STAGES):
+    for name in (
+        "prepare-rated",
+        "prepare-first",
+        "prepare-pairs",
+        "prepare-benchmark-made up",
+        *STAGES,
+    ):
         assert f"==> {name}: " in result.stdout
         assert (out / "logs" / f"{name}.log").stat().st_size
     first, pairs = (
-        attribute_data.read(out / "prepared" / f"{n}.safetensors") for n in ("rated-first", "pairs-from-second")
+        attribute_data.read(out / "prepared" / f"{n}.safetensors")
+        for n in ("rated-first", "pairs-from-second")
     )
     assert not set(first.groups.tolist()) & set(pairs.groups.tolist())
     heads = json.loads((out / "attribute_heads.json").read_text())
     assert heads["attributes"] == ["helpful", "safe", "length", "$clear$"]
     assert heads["regression"]["helpful"]["held_out"]["r2"] > 0.9
-    assert json.loads((out / "gate.json").read_text())["held_out"]["methods"]["gate"]["accuracy"] > 0.6
-    assert [path.name for path in out.glob("explanation_*.json")] == ["explanation_benchmark-made_up_a_b.json"]
+    assert (
+        json.loads((out / "gate.json").read_text())["held_out"]["methods"]["gate"]["accuracy"] > 0.6
+    )
+    assert [path.name for path in out.glob("explanation_*.json")] == [
+        "explanation_benchmark-made_up_a_b.json"
+    ]
 
 
 def test_report(from_arrays):
     out = from_arrays[0] / "interpretable_out"
     page = (out / "report.html").read_text()
     for title in report.HOW:
-        assert page.count(f"<h2>{title}</h2>") == 1 and f'href="#{title.lower().replace(" ", "-")}"' in page
+        assert (
+            page.count(f"<h2>{title}</h2>") == 1
+            and f'href="#{title.lower().replace(" ", "-")}"' in page
+        )
     ids = re.findall(r' id="([^"]+)"', page)
-    assert len(ids) == len(set(ids)) and set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(ids)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'(?:href="|url\()#([^")]+)', page)) <= set(
+        ids
+    )
     assert not re.search(r"<script|<link|https?://(?!www\.w3\.org)|\bnan\b", page)
     assert "a&lt;b" in page and "a<b" not in page and page.count("$clear$") > 3
     heads = json.loads((out / "attribute_heads.json").read_text())
@@ -166,10 +202,19 @@ def test_prepared_files_killed_and_run_again(from_arrays, tmp_path):
     assert not (out / "gate.safetensors").exists()
     result = run(tmp_path, **settings)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
-    for name in ("attribute_heads.safetensors", "gate.safetensors", "regression_split.json", "gating_split.json"):
+    for name in (
+        "attribute_heads.safetensors",
+        "gate.safetensors",
+        "regression_split.json",
+        "gating_split.json",
+    ):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     page = (out / "report.html").read_text()
-    assert "<h2>Benchmarks</h2>" not in page and "<h2>Examples</h2>" not in page and 'href="#examples"' not in page
+    assert (
+        "<h2>Benchmarks</h2>" not in page
+        and "<h2>Examples</h2>" not in page
+        and 'href="#examples"' not in page
+    )
 
 
 def prepared_settings(whole, **changes):
@@ -199,7 +244,10 @@ def test_report_leaves_out_what_is_of_an_earlier_gate(from_arrays, tmp_path, cap
     told = "explanation_benchmark-made_up_a_b.json, rewardbench_results.json"
     assert f"report: of an earlier gate, left out: {told}" in capsys.readouterr().out
     page = (folder / "report.html").read_text()
-    assert f"Of an earlier gate and not on this page: {told}." in page and "<h2>Benchmarks</h2>" not in page
+    assert (
+        f"Of an earlier gate and not on this page: {told}." in page
+        and "<h2>Benchmarks</h2>" not in page
+    )
 
 
 def test_report_refuses_what_does_not_belong_together(from_arrays, tmp_path):
@@ -209,19 +257,27 @@ def test_report_refuses_what_does_not_belong_together(from_arrays, tmp_path):
     (folder / "gate.json").write_bytes(gate.replace(b'"seed": 6', b'"seed": 7'))
     with pytest.raises(InputError, match="gate.json is not the file that gating recorded"):
         report.read(folder)
-    copy_of(whole, folder, lambda m: m["gating"]["inputs"].update({"attribute_heads.safetensors": "0" * 64}))
+    copy_of(
+        whole,
+        folder,
+        lambda m: m["gating"]["inputs"].update({"attribute_heads.safetensors": "0" * 64}),
+    )
     with pytest.raises(InputError, match="the attribute heads were fitted anew since gating ran"):
         report.read(folder)
     copy_of(whole, folder, lambda manifest: manifest.pop("gating"))
-    with pytest.raises(InputError, match=r"gating has not finished here; run studies/interpretable_gating.py first"):
+    with pytest.raises(
+        InputError, match=r"gating has not finished here; run studies/interpretable_gating.py first"
+    ):
         report.read(folder)
     copy_of(whole, folder)
     (folder / "attribute_heads.json").unlink()
-    with pytest.raises(InputError, match="attribute_heads.json not found; it is written by regression"):
+    with pytest.raises(
+        InputError, match="attribute_heads.json not found; it is written by regression"
+    ):
         report.read(folder)
 
 
-# --------------------------------------------------------------------------------------------------------------- chats
+# -------------------------------------------------------------------------------------------- chats
 
 
 def chat(prompt, response):
@@ -234,17 +290,25 @@ def chats(tmp_path_factory):
     pytest.importorskip("transformers", reason="chat data need the extra [llm]")
     folder = tmp_path_factory.mktemp("chats")
     tiny_models.make_language_model(folder / "model")
-    template = (
-        "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-    )
+    template = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     (folder / "model" / "chat_template.jinja").write_text(template)
     prompts, answers = tiny_models.sentences(30, 1), tiny_models.sentences(400, 2, 1, 20)
     rated = [
-        {"messages": chat(prompts[i % 30], answers[i]), "length": len(answers[i]), "the": answers[i].count("e")}
+        {
+            "messages": chat(prompts[i % 30], answers[i]),
+            "length": len(answers[i]),
+            "the": answers[i].count("e"),
+        }
         for i in range(120)
     ]
-    rated.append({"messages": chat(prompts[0], " ".join(tiny_models.sentences(40, 3))), "length": 9, "the": 9})
+    rated.append(
+        {
+            "messages": chat(prompts[0], " ".join(tiny_models.sentences(40, 3))),
+            "length": 9,
+            "the": 9,
+        }
+    )
     tiny_models.write_jsonl(folder / "rated.jsonl", rated)
     bench = [
         {
@@ -281,25 +345,46 @@ def test_from_chats(chats, tmp_path):
         assert text in page
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({}, "RATED: expected a prepared file of ratings"),
-        ({"RATED": "x.safetensors"}, "PAIRS: expected preference pairs, or PAIRS_FROM with an attribute of RATED"),
+        (
+            {"RATED": "x.safetensors"},
+            "PAIRS: expected preference pairs, or PAIRS_FROM with an attribute of RATED",
+        ),
         (
             {"RATED": "x.safetensors", "PAIRS": "p", "LABELS": "l"},
             "expected RATED=EMBD_*.npy beside them, found 'x.safe",
         ),
-        ({"RATED": "x.safetensors", "PAIRS": "p", "PAIRS_FROM": "a"}, "PAIRS_FROM: expected no PAIRS beside it"),
-        ({"RATED": "x.safetensors", "PAIRS": "p"}, "RATED: x.safetensors: expected a prepared file (or shards), found"),
+        (
+            {"RATED": "x.safetensors", "PAIRS": "p", "PAIRS_FROM": "a"},
+            "PAIRS_FROM: expected no PAIRS beside it",
+        ),
+        (
+            {"RATED": "x.safetensors", "PAIRS": "p"},
+            "RATED: x.safetensors: expected a prepared file (or shards), found",
+        ),
         ({"RATED": "some/hub", "PAIRS": "p"}, "found 'some/hub'; PREPARE=1 makes one of it"),
-        ({"RATED": "some/hub", "PAIRS": "p", "PREPARE": 1}, "MODEL: expected the model that embeds RATED=some/hub"),
-        ({"RATED": "x.jsonl", "PAIRS": "p", "PREPARE": 1}, "RATED: x.jsonl: expected a file, found none"),
-        ({"RATED": "{e}", "PAIRS": "p", "PREPARE": 1}, "LABELS: expected ATTRIBUTES_*.npy for RATED="),
-        ({"PREPARE": "yes", "RATED": "x", "PAIRS": "p"}, "PREPARE: expected one of 0 1, found 'yes'"),
+        (
+            {"RATED": "some/hub", "PAIRS": "p", "PREPARE": 1},
+            "MODEL: expected the model that embeds RATED=some/hub",
+        ),
+        (
+            {"RATED": "x.jsonl", "PAIRS": "p", "PREPARE": 1},
+            "RATED: x.jsonl: expected a file, found none",
+        ),
+        (
+            {"RATED": "{e}", "PAIRS": "p", "PREPARE": 1},
+            "LABELS: expected ATTRIBUTES_*.npy for RATED=",
+        ),
+        (
+            {"PREPARE": "yes", "RATED": "x", "PAIRS": "p"},
+            "PREPARE: expected one of 0 1, found 'yes'",
+        ),
         ({"DOMAINS": "{d}"}, "DOMAINS: expected NAME=FILE;NAME=FILE, found"),
         (
             {"EXPLAIN": "nobody=1"},
@@ -321,7 +406,9 @@ def test_unknown_values_are_refused_before_anything_runs(arrays, tmp_path, setti
 
 def test_a_failing_stage_is_named_with_its_log_and_the_way_on(from_arrays, tmp_path):
     whole = from_arrays[0] / "interpretable_out"
-    result = run(tmp_path, **prepared_settings(whole, VERBOSITY="wordiness", OUTPUT_DIR="my results"))
+    result = run(
+        tmp_path, **prepared_settings(whole, VERBOSITY="wordiness", OUTPUT_DIR="my results")
+    )
     assert result.returncode == 2
     assert "interpretable.sh: regression failed after" in result.stderr
     assert "expected an attribute among" in result.stderr and "found 'wordiness'" in result.stderr

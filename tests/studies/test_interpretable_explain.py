@@ -23,19 +23,29 @@ def model(tmp_path_factory):
 
 
 def explain(model, out, *flags):
-    script("interpretable_explain").main(["--model_dir", str(model), "--output_dir", str(out), *map(str, flags)])
+    script("interpretable_explain").main(
+        ["--model_dir", str(model), "--output_dir", str(out), *map(str, flags)]
+    )
     found = [path for path in out.glob("explanation_*.json")]
     assert len(found) == 1
     return json.loads(found[0].read_text()), found[0]
 
 
-def test_contributions_are_weight_times_debiased_score_and_add_up_to_the_reward(model, tmp_path, capsys):
+def test_contributions_are_weight_times_debiased_score_and_add_up_to_the_reward(
+    model, tmp_path, capsys
+):
     found, path = explain(model, tmp_path, "--data", model / "new.safetensors", "--index", 3)
-    assert path.name == "explanation_new_row_3.json" and found["what"] == "row 3 (p3)" and found["ids"] == ["p3"]
+    assert (
+        path.name == "explanation_new_row_3.json"
+        and found["what"] == "row 3 (p3)"
+        and found["ids"] == ["p3"]
+    )
     data = attribute_data.read(model / "new.safetensors")
     gated = gating.load(model)
     x, scores = data.embeddings[0][3], gating.rewards(gated, data, np.array([3]))["gate"][0]
-    assert list(found["weights"]) == NAMES and sum(found["weights"].values()) == pytest.approx(1, abs=1e-6)
+    assert list(found["weights"]) == NAMES and sum(found["weights"].values()) == pytest.approx(
+        1, abs=1e-6
+    )
     assert found["weights"]["clear"] == pytest.approx(0.2)
     for k, side in enumerate(("chosen", "rejected")):
         row = found["responses"][side]
@@ -45,7 +55,9 @@ def test_contributions_are_weight_times_debiased_score_and_add_up_to_the_reward(
             assert row["debiased"][name] == pytest.approx(x[k, a], abs=1e-4)
             standardised = (x[k, a] - gated.centre[a]) / gated.spread[a]
             assert row["standardised"][name] == pytest.approx(standardised, abs=1e-4)
-            assert row["contribution"][name] == pytest.approx(found["weights"][name] * standardised, abs=1e-4)
+            assert row["contribution"][name] == pytest.approx(
+                found["weights"][name] * standardised, abs=1e-4
+            )
         assert sum(row["contribution"].values()) == pytest.approx(row["reward"], abs=1e-9)
         assert row["reward"] == pytest.approx(scores[k], abs=1e-5)
     out = capsys.readouterr().out
@@ -54,13 +66,17 @@ def test_contributions_are_weight_times_debiased_score_and_add_up_to_the_reward(
 
 
 def test_debiasing_changes_what_is_explained(model, tmp_path):
-    row = explain(model, tmp_path, "--data", model / "new.safetensors", "--index", 0)[0]["responses"]["chosen"]
+    row = explain(model, tmp_path, "--data", model / "new.safetensors", "--index", 0)[0][
+        "responses"
+    ]["chosen"]
     assert abs(row["score"]["helpful"] - row["debiased"]["helpful"]) > 0.1
     assert row["score"]["verbosity"] == row["debiased"]["verbosity"]
 
 
 def test_a_subset_is_the_mean_of_its_rows(model, tmp_path, capsys):
-    found, path = explain(model, tmp_path, "--data", model / "new.safetensors", "--subset", "odd/other")
+    found, path = explain(
+        model, tmp_path, "--data", model / "new.safetensors", "--subset", "odd/other"
+    )
     assert path.name == "explanation_new_odd_other.json" and found["n_rows"] == 10
     data = attribute_data.read(model / "new.safetensors")
     each = gating.rewards(gating.load(model), data, np.arange(1, 20, 2))["gate"]
@@ -110,20 +126,31 @@ def test_the_bars_are_an_image_and_the_same_bytes_every_time(model, tmp_path):
         (["--data", "new", "--index", "1", "--subset", "even"], "found index and subset"),
         (["--index", "1"], "--index: expected --data beside it"),
         (["--text", "a", "b"], "--text: expected --model beside it"),
-        (["--text", "a", "b", "--model", "m", "--data", "new"], "--text: expected no --data beside it, found"),
-        (["--data", "new", "--index", "1", "--model", "m"], "--index: expected no --model beside it, found m"),
+        (
+            ["--text", "a", "b", "--model", "m", "--data", "new"],
+            "--text: expected no --data beside it, found",
+        ),
+        (
+            ["--data", "new", "--index", "1", "--model", "m"],
+            "--index: expected no --model beside it, found m",
+        ),
         (["--data", "new", "--index", "20"], "expected a row from 0 to 19 of .*, found 20"),
-        (["--data", "new", "--subset", "evens"], "expected a subset among even, odd/other, found 'evens'"),
+        (
+            ["--data", "new", "--subset", "evens"],
+            "expected a subset among even, odd/other, found 'evens'",
+        ),
         (["--data", "rated", "--subset", "even"], "expected a subset among none, found 'even'"),
     ],
 )
 def test_what_cannot_be_explained(model, tmp_path, flags, match):
-    flags = [str(model / f"{flag}.safetensors") if flag in ("new", "rated") else flag for flag in flags]
+    flags = [
+        str(model / f"{flag}.safetensors") if flag in ("new", "rated") else flag for flag in flags
+    ]
     with pytest.raises(InputError, match=match):
         explain(model, tmp_path, *flags)
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +165,38 @@ def chain(tmp_path_factory):
     template += "{% if add_generation_prompt %}<assistant> {% endif %}"
     (folder / "lm" / "chat_template.jinja").write_text(template)
     texts = tiny_models.sentences(90, 1)
-    rows = [dict(zip(("prompt", "chosen", "rejected"), texts[i : i + 3], strict=True)) for i in range(0, 90, 3)]
+    rows = [
+        dict(zip(("prompt", "chosen", "rejected"), texts[i : i + 3], strict=True))
+        for i in range(0, 90, 3)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--dataset", folder / "pairs.jsonl", "--model", folder / "lm", "--output", folder / "pairs.safetensors"]
+    flags = [
+        "--dataset",
+        folder / "pairs.jsonl",
+        "--model",
+        folder / "lm",
+        "--output",
+        folder / "pairs.safetensors",
+    ]
     script("interpretable_prepare").main([str(flag) for flag in flags])
     data = attribute_data.read(folder / "pairs.safetensors")
     heads = np.random.default_rng(0).standard_normal((3, data.shape[-1])).astype(np.float32)
-    model = multi_objective.AttributeModel(heads, np.array([0.5, 0, 0.2]), ["a", "length", "b"], "length")
+    model = multi_objective.AttributeModel(
+        heads, np.array([0.5, 0, 0.2]), ["a", "length", "b"], "length"
+    )
     multi_objective.save(folder, model, np.ones(3), "ratings")
     artifacts.write_json(folder / gating.HEADS_RECORD, {"data": {"source": data.source}})
     artifacts.write_json(folder / gating.HEADS_SPLIT, {"fit": [1], "held_out": [2]})
-    flags = ["--pairs", folder / "pairs.safetensors", "--model_dir", folder, "--hidden", "8", "--epochs", "2"]
+    flags = [
+        "--pairs",
+        folder / "pairs.safetensors",
+        "--model_dir",
+        folder,
+        "--hidden",
+        "8",
+        "--epochs",
+        "2",
+    ]
     script("interpretable_gating").main([str(flag) for flag in flags])
     return folder, rows
 
@@ -156,11 +204,19 @@ def chain(tmp_path_factory):
 def test_a_text_is_explained_as_its_prepared_row_is(chain, tmp_path):
     folder, rows = chain
     row, _ = explain(
-        folder, artifacts.writable_dir(tmp_path / "row"), "--data", folder / "pairs.safetensors", "--index", 4
+        folder,
+        artifacts.writable_dir(tmp_path / "row"),
+        "--data",
+        folder / "pairs.safetensors",
+        "--index",
+        4,
     )
     flags = ["--text", rows[4]["prompt"], rows[4]["chosen"], "--model", folder / "lm"]
     text, path = explain(folder, artifacts.writable_dir(tmp_path / "text"), *flags)
-    assert path.name == "explanation_text.json" and text["text"] == [rows[4]["prompt"], rows[4]["chosen"]]
+    assert path.name == "explanation_text.json" and text["text"] == [
+        rows[4]["prompt"],
+        rows[4]["chosen"],
+    ]
     assert text["weights"] == pytest.approx(row["weights"], abs=1e-5)
     for measure in ("score", "debiased", "contribution"):
         expected = row["responses"]["chosen"][measure]
@@ -172,5 +228,7 @@ def test_a_text_embedded_by_another_model_is_refused(chain, tmp_path):
 
     folder, _ = chain
     tiny_models.make_language_model(tmp_path / "lm", seed=1)
-    with pytest.raises(InputError, match="expected the model that embedded the gate's training data"):
+    with pytest.raises(
+        InputError, match="expected the model that embedded the gate's training data"
+    ):
         explain(folder, tmp_path, "--text", "a", "b", "--model", tmp_path / "lm")

@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     return make_gate(tmp_path_factory.mktemp("models") / "model")
 
 
-# ------------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------ results
 
 
 def test_the_gate_beats_every_set_of_weights_for_all_prompts(trained):
@@ -53,7 +53,11 @@ def test_weights_sum_to_1_and_follow_the_prompt(trained):
     assert weights[~asks_help, 1].mean() > weights[asks_help, 1].mean() + 0.4
     told = artifacts.read_json(trained / gating.RECORD, "gating")["weights"]
     assert sum(told["mean"].values()) == pytest.approx(1, abs=1e-6)
-    assert told["n_prompts"] == 80 and told["of"] == "held_out" and told["sd_between_prompts"]["helpful"] > 0.2
+    assert (
+        told["n_prompts"] == 80
+        and told["of"] == "held_out"
+        and told["sd_between_prompts"]["helpful"] > 0.2
+    )
 
 
 def test_it_is_debiased_scores_of_fit_prompts_that_are_standardised(trained):
@@ -77,15 +81,22 @@ def test_reported_accuracies_are_those_of_the_saved_gate(trained):
 def test_the_same_command_gives_the_same_bytes(trained, tmp_path):
     again = make_gate(tmp_path / "model")
     for name in script("interpretable_gating").OUTPUTS:
-        ours, theirs = ((folder / name).read_text("latin1").replace(str(folder), "") for folder in (trained, again))
+        ours, theirs = (
+            (folder / name).read_text("latin1").replace(str(folder), "")
+            for folder in (trained, again)
+        )
         assert ours == theirs, name
 
 
-def test_a_finished_gate_is_not_trained_again_until_the_heads_change(trained, tmp_path, capsys, monkeypatch):
+def test_a_finished_gate_is_not_trained_again_until_the_heads_change(
+    trained, tmp_path, capsys, monkeypatch
+):
     folder = make_gate(tmp_path / "model")
     before = artifacts.sha256(folder / gating.GATE)
     monkeypatch.setattr(
-        script("interpretable_gating"), "train_gate", lambda *_, **__: pytest.fail("it was trained again")
+        script("interpretable_gating"),
+        "train_gate",
+        lambda *_, **__: pytest.fail("it was trained again"),
     )
     capsys.readouterr()
     run(folder, *QUICK, "--epochs", 12)
@@ -100,7 +111,9 @@ def test_without_debiasing_the_gate_is_worse(trained, tmp_path):
     folder = make_heads(tmp_path / "model", penalties=[0.0, 0, 0, 0])
     make_pairs(folder / "train.safetensors")
     accuracy = run(folder, *QUICK, "--epochs", 12)["held_out"]["methods"]["gate"]["accuracy"]
-    debiased = artifacts.read_json(trained / gating.RECORD, "gating")["held_out"]["methods"]["gate"]["accuracy"]
+    debiased = artifacts.read_json(trained / gating.RECORD, "gating")["held_out"]["methods"][
+        "gate"
+    ]["accuracy"]
     assert accuracy < debiased - 0.1
 
 
@@ -117,7 +130,10 @@ def test_dropped_and_frozen_attributes(tmp_path, capsys):
     folder = make_gate(tmp_path / "model", "--drop", "verbosity", "--freeze", "clear=0.25")
     told = artifacts.read_json(folder / gating.RECORD, "gating")
     assert told["attributes"] == ["helpful", "safe", "clear"] and told["frozen"] == {"clear": 0.25}
-    assert told["weights"]["mean"]["clear"] == 0.25 and told["weights"]["sd_between_prompts"]["clear"] == 0
+    assert (
+        told["weights"]["mean"]["clear"] == 0.25
+        and told["weights"]["sd_between_prompts"]["clear"] == 0
+    )
     assert "attribute verbosity" not in told["held_out"]["methods"]
     data = attribute_data.read(folder / "train.safetensors")
     weights = gating.weights(gating.load(folder), data, np.arange(10))
@@ -125,7 +141,7 @@ def test_dropped_and_frozen_attributes(tmp_path, capsys):
     assert "clear" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------- held-out prompts
+# --------------------------------------------------------------------------------- held-out prompts
 
 
 def test_prompts_of_the_heads_are_not_held_out(tmp_path, capsys):
@@ -136,16 +152,25 @@ def test_prompts_of_the_heads_are_not_held_out(tmp_path, capsys):
     split = artifacts.read_json(folder / gating.SPLIT, "gating")
     assert not set(split["held_out"]) & set(seen.tolist()) and len(split["held_out"]) == 80
     assert told["prompts_of_heads"]["shared"] == 300 and told["prompts_of_heads"]["held_out"] == 0
-    assert "300 of 400 prompts are among those the attribute heads were fitted on" in capsys.readouterr().out
+    assert (
+        "300 of 400 prompts are among those the attribute heads were fitted on"
+        in capsys.readouterr().out
+    )
 
 
 def test_no_accuracy_is_reported_where_the_heads_saw_every_prompt(tmp_path, capsys):
     folder = make_heads(tmp_path / "model", prompts=[f"train {i}" for i in range(400)])
     make_pairs(folder / "train.safetensors")
     told = run(folder, *QUICK, "--epochs", 2)
-    assert told["held_out"] is None and told["null_reason"] == "the attribute heads were fitted on every prompt"
+    assert (
+        told["held_out"] is None
+        and told["null_reason"] == "the attribute heads were fitted on every prompt"
+    )
     assert told["weights"]["of"] == "validation"
-    assert "no held-out accuracy: the attribute heads were fitted on every prompt" in capsys.readouterr().out
+    assert (
+        "no held-out accuracy: the attribute heads were fitted on every prompt"
+        in capsys.readouterr().out
+    )
 
 
 def test_it_says_where_shared_prompts_cannot_be_told(tmp_path, capsys):
@@ -167,13 +192,16 @@ def test_pairs_of_one_prompt_stay_on_one_side(tmp_path):
     assert told["held_out"]["n_pairs"] == 4 * told["held_out"]["n_prompts"] == 80
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--drop", "length"], "expected attributes among helpful, safe, verbosity, clear, found 'length'"),
+        (
+            ["--drop", "length"],
+            "expected attributes among helpful, safe, verbosity, clear, found 'length'",
+        ),
         (["--freeze", "safe"], "expected NAME=WEIGHT, found 'safe'"),
         (["--freeze", "safe=1"], "less than 1, found safe=1"),
         (["--dropout", "1"], "expected a share of at least 0 and below 1"),
@@ -190,10 +218,19 @@ def test_flags_that_cannot_be_followed(trained, tmp_path, flags, match):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"embeddings": [np.zeros((400, D), np.float32)]}, r"expected embeddings \(n, 2, D\) pairs"),
-        ({"embeddings": [np.zeros((400, 2, D + 1), np.float32)]}, f"of {D} dimensions .* found {D + 1}"),
+        (
+            {"embeddings": [np.zeros((400, D), np.float32)]},
+            r"expected embeddings \(n, 2, D\) pairs",
+        ),
+        (
+            {"embeddings": [np.zeros((400, 2, D + 1), np.float32)]},
+            f"of {D} dimensions .* found {D + 1}",
+        ),
         ({"prompt_embeddings": None}, "expected prompt_embeddings, which the gate reads"),
-        ({"embeddings": [np.zeros((400, 2, D), np.float32)]}, "helpful: expected scores that differ"),
+        (
+            {"embeddings": [np.zeros((400, 2, D), np.float32)]},
+            "helpful: expected scores that differ",
+        ),
     ],
     ids=["rated", "D", "no prompts", "constant"],
 )
@@ -205,9 +242,19 @@ def test_data_that_do_not_fit(tmp_path, changes, match):
 
 
 def test_the_command_line(trained, tmp_path):
-    call = [sys.executable, str(SCRIPT), "--pairs", str(trained / "train.safetensors"), "--model_dir", str(trained)]
+    call = [
+        sys.executable,
+        str(SCRIPT),
+        "--pairs",
+        str(trained / "train.safetensors"),
+        "--model_dir",
+        str(trained),
+    ]
     done = subprocess.run(
-        [*call, "--output_dir", str(tmp_path), *QUICK, "--epochs", "1"], capture_output=True, text=True, cwd=ROOT
+        [*call, "--output_dir", str(tmp_path), *QUICK, "--epochs", "1"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     assert "held-out accuracy" in done.stdout and all(name in done.stdout for name in NAMES)

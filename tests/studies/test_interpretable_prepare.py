@@ -34,7 +34,9 @@ TEMPLATES = {  # name: (template, whether it opens the assistant's turn)
     "no opening": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
 }
-THOUGHT = TEMPLATES["chatml"].replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}")
+THOUGHT = TEMPLATES["chatml"].replace(
+    "<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}"
+)
 SPACE = "{% for m in messages %}{{ 'A: ' if m['role'] == 'assistant' else 'Q: ' }}{{ m['content'] }}\n{% endfor %}"
 SPACE += "{% if add_generation_prompt %}A: {% endif %}"
 COUNTING = "{{ messages | length }} turns\n" + TEMPLATES["chatml"]
@@ -67,7 +69,12 @@ def rated(tmp_path_factory):
     for i, answer in enumerate(answers):
         prompt = prompts[i % 10]
         start = chat(prompt) if i % 2 else chat(prompt, "yes", "why")
-        row = {"id": f"r{i}", "messages": [*start, *chat("", answer)[1:]], "helpful": i, "short": 0.5 * i}
+        row = {
+            "id": f"r{i}",
+            "messages": [*start, *chat("", answer)[1:]],
+            "helpful": i,
+            "short": 0.5 * i,
+        }
         if i % 3 == 0:
             row["short"] = None
         if i % 3 == 1:
@@ -82,7 +89,11 @@ def pairs(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     texts = tiny_models.sentences(36, 4, 1, 30)
     rows = [
-        {"id": i, "chosen": chat(texts[3 * i], texts[3 * i + 1]), "rejected": chat(texts[3 * i], texts[3 * i + 2])}
+        {
+            "id": i,
+            "chosen": chat(texts[3 * i], texts[3 * i + 1]),
+            "rejected": chat(texts[3 * i], texts[3 * i + 2]),
+        }
         for i in range(12)
     ]
     tiny_models.write_jsonl(path, [{**row, "subset": f"s{i % 2}"} for i, row in enumerate(rows)])
@@ -114,7 +125,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---------------------------------------------------------------------------------------------------------- positions
+# ---------------------------------------------------------------------------------------- positions
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -124,7 +135,11 @@ def test_position_is_where_the_assistant_begins(tmp_path, name):
     opened, (whole,) = chat_embeddings.encode(tokenizer, prompt, [answer], "row 0")
     at = chat_embeddings.position(opened, whole)
     text = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
-    end = {"chatml": "now</s>\n<|assistant|>\n", "bos": "now</s>\n<|assistant|>\n", "no opening": "now [/INST]"}[name]
+    end = {
+        "chatml": "now</s>\n<|assistant|>\n",
+        "bos": "now</s>\n<|assistant|>\n",
+        "no opening": "now [/INST]",
+    }[name]
     assert tokenizer.decode(whole) == text
     assert tokenizer.decode(whole[: at + 1]) == text[: text.index(end) + len(end)]
     assert (whole.count(tokenizer.bos_token_id), whole[0] == tokenizer.bos_token_id) == (
@@ -138,8 +153,14 @@ def test_states_equal_single_passes(tmp_path, name, side):
     folder = make_model(tmp_path, TEMPLATES[name])
     tokenizer, base = loading.load_tokenizer(folder), loading.load_model("base", folder)
     texts = tiny_models.sentences(24, 7, 1, 40)
-    prompts, answers = [chat(text) for text in texts[::2]], [chat("", text)[1] for text in texts[1::2]]
-    encoded = [chat_embeddings.encode(tokenizer, p, [a], "row") for p, a in zip(prompts, answers, strict=True)]
+    prompts, answers = (
+        [chat(text) for text in texts[::2]],
+        [chat("", text)[1] for text in texts[1::2]],
+    )
+    encoded = [
+        chat_embeddings.encode(tokenizer, p, [a], "row")
+        for p, a in zip(prompts, answers, strict=True)
+    ]
     rows, at = [whole[0] for _, whole in encoded], [len(opened) - 1 for opened, _ in encoded]
     found = chat_embeddings.states_at(base, rows, at, tokenizer.pad_token_id, 400, side)
     np.testing.assert_allclose(found[:, 0], [alone(folder, p, True) for p in prompts], atol=1e-5)
@@ -150,14 +171,18 @@ def test_states_equal_single_passes(tmp_path, name, side):
 
 
 @pytest.mark.parametrize(("template", "n_alone"), [(THOUGHT, 3), (SPACE, 2)])
-def test_prompts_without_a_place_in_the_conversation_take_their_own_pass(tmp_path, pairs, capsys, template, n_alone):
+def test_prompts_without_a_place_in_the_conversation_take_their_own_pass(
+    tmp_path, pairs, capsys, template, n_alone
+):
     """An opening that a finished turn does not have; one whose last space makes one token with the word behind it."""
     rows = rows_of(pairs)[:3]
     rows[1]["rejected"][-1]["content"] = "\n" + rows[1]["rejected"][-1]["content"]
     tiny_models.write_jsonl(tmp_path / "pairs.jsonl", rows)
     folder = make_model(tmp_path / "model", template)
     tokenizer = loading.load_tokenizer(folder)
-    for row, places in zip(rows, ([False, False], [False, n_alone == 2], [False, False]), strict=True):
+    for row, places in zip(
+        rows, ([False, False], [False, n_alone == 2], [False, False]), strict=True
+    ):
         opened, whole = chat_embeddings.encode(
             tokenizer, row["chosen"][:-1], [row["chosen"][-1], row["rejected"][-1]], ""
         )
@@ -173,11 +198,17 @@ def test_prompts_without_a_place_in_the_conversation_take_their_own_pass(tmp_pat
 
 
 def test_template_that_rewrites_the_prompt_is_refused(tmp_path, rated):
-    with pytest.raises(InputError, match=r"row 'r0': expected the chat template to write a prompt in one way, found"):
-        embedded(tmp_path / "x.safetensors", rated, make_model(tmp_path / "model", COUNTING))
-    refusing = "{{ raise_exception('only users here') if messages | length > 3 }}" + TEMPLATES["bos"]
     with pytest.raises(
-        InputError, match=r"row 'r0': expected messages that the chat template takes, found user, ass.*"
+        InputError,
+        match=r"row 'r0': expected the chat template to write a prompt in one way, found",
+    ):
+        embedded(tmp_path / "x.safetensors", rated, make_model(tmp_path / "model", COUNTING))
+    refusing = (
+        "{{ raise_exception('only users here') if messages | length > 3 }}" + TEMPLATES["bos"]
+    )
+    with pytest.raises(
+        InputError,
+        match=r"row 'r0': expected messages that the chat template takes, found user, ass.*",
     ):
         embedded(tmp_path / "x.safetensors", rated, make_model(tmp_path / "other", refusing))
 
@@ -185,28 +216,37 @@ def test_template_that_rewrites_the_prompt_is_refused(tmp_path, rated):
 def test_template_from_a_file_and_none(tmp_path, pairs, model):
     tiny_models.make_language_model(tmp_path / "plain")
     with pytest.raises(
-        InputError, match=r"expected a tokenizer with a chat template, found none; give --chat_template"
+        InputError,
+        match=r"expected a tokenizer with a chat template, found none; give --chat_template",
     ):
         embedded(tmp_path / "x.safetensors", pairs, tmp_path / "plain")
     template = Path(model) / "chat_template.jinja"
-    found = embedded(tmp_path / "x.safetensors", pairs, tmp_path / "plain", "--chat_template", template)
+    found = embedded(
+        tmp_path / "x.safetensors", pairs, tmp_path / "plain", "--chat_template", template
+    )
     wanted = embedded(tmp_path / "y.safetensors", pairs, model)
     assert (found.embeddings[0] == wanted.embeddings[0]).all()
 
 
-# -------------------------------------------------------------------------------------------------- rows and labels
+# ---------------------------------------------------------------------------------- rows and labels
 
 
 def test_rated_rows_keep_their_labels(tmp_path, rated, model, capsys):
     data = embedded(tmp_path / "rated.safetensors", rated, model, "--max_length", 130)
     rows = [row for i, row in enumerate(rows_of(rated)) if i != 7]
-    assert data.shape == (29, 64) and data.attributes == ["helpful", "short"] and data.left_out == ["r7"]
+    assert (
+        data.shape == (29, 64)
+        and data.attributes == ["helpful", "short"]
+        and data.left_out == ["r7"]
+    )
     assert data.ids == [row["id"] for row in rows]
     assert data.labels[:, 0].tolist() == [row["helpful"] for row in rows]
     short = [row["short"] if row.get("short") is not None else np.nan for row in rows]
     np.testing.assert_array_equal(data.labels[:, 1], np.float32(short))
     assert np.isnan(data.labels[:, 1]).sum() == sum(np.isnan(short)) > 10
-    np.testing.assert_allclose(data.embeddings[0], [alone(model, row["messages"]) for row in rows], atol=1e-5)
+    np.testing.assert_allclose(
+        data.embeddings[0], [alone(model, row["messages"]) for row in rows], atol=1e-5
+    )
     wanted = [alone(model, row["messages"][:-1], True) for row in rows]
     np.testing.assert_allclose(data.prompt_embeddings[0], wanted, atol=1e-5)
     assert "1 of 30 rows too long, left out: r7" in capsys.readouterr().out
@@ -214,7 +254,11 @@ def test_rated_rows_keep_their_labels(tmp_path, rated, model, capsys):
     for row, group in zip(rows, data.groups.tolist(), strict=True):
         by_prompt.setdefault(json.dumps(row["messages"][:-1]), set()).add(group)
     assert len(by_prompt) == len(set(data.groups.tolist())) == 10
-    assert data.source["sha256"] and data.source["embedding_model"] == model and data.source["prompt_position"]
+    assert (
+        data.source["sha256"]
+        and data.source["embedding_model"] == model
+        and data.source["prompt_position"]
+    )
 
 
 def test_changed_labels_are_prepared_again(tmp_path, rated, model):
@@ -229,7 +273,9 @@ def test_changed_labels_are_prepared_again(tmp_path, rated, model):
 def test_pairs_share_their_prompt(tmp_path, pairs, model, capsys):
     data = embedded(tmp_path / "pairs.safetensors", pairs, model, "--storage_dtype", "float16")
     rows = rows_of(pairs)
-    assert data.shape == (12, 2, 64) and data.embeddings[0].dtype == np.float16 and data.labels is None
+    assert (
+        data.shape == (12, 2, 64) and data.embeddings[0].dtype == np.float16 and data.labels is None
+    )
     assert data.subsets == ["s0", "s1"] * 6 and data.ids == [str(i) for i in range(12)]
     wanted = [[alone(model, row[side]) for side in ("chosen", "rejected")] for row in rows]
     np.testing.assert_allclose(data.embeddings[0], wanted, atol=0.01)
@@ -254,7 +300,10 @@ def test_forms_of_a_row(tmp_path):
             chat("hi"),
             [one[0] for one in (chat("", "yes")[1:], chat("", "no")[1:])],
         )
-    rows = [{"messages": chat("hi", "yes"), "good": 1}, {"messages": chat("so", "no"), "good": None}]
+    rows = [
+        {"messages": chat("hi", "yes"), "good": 1},
+        {"messages": chat("so", "no"), "good": None},
+    ]
     tiny_models.write_jsonl(tmp_path / "x.jsonl", rows)
     plain = [{"prompt": "hi", "response": "yes", "good": 1}, {"prompt": "so", "response": "no"}]
     tiny_models.write_jsonl(tmp_path / "y.jsonl", plain)
@@ -277,11 +326,20 @@ def test_forms_of_a_row(tmp_path):
             {"chosen": chat("a", "b"), "rejected": chat("c", "d")},
             "row 1: expected chosen and rejected to differ in the",
         ),
-        ({"chosen": chat("a", "b", "c"), "rejected": chat("a", "b", "c")}, "assistant's message last in chosen, found"),
+        (
+            {"chosen": chat("a", "b", "c"), "rejected": chat("a", "b", "c")},
+            "assistant's message last in chosen, found",
+        ),
         ({"chosen": "b", "rejected": "c"}, "row 1: expected prompt as text or as a list"),
-        ({"chosen": [{"role": "user"}], "rejected": "c"}, "row 1: expected chosen as text or as a list"),
+        (
+            {"chosen": [{"role": "user"}], "rejected": "c"},
+            "row 1: expected chosen as text or as a list",
+        ),
         ({"chosen": chat("a", "b")}, "row 1: expected rejected as text or as a list"),
-        ({"chosen": chat("a", "b"), "rejected": chat("a", "c"), "subset": 3}, "row 1: expected the name of a subset"),
+        (
+            {"chosen": chat("a", "b"), "rejected": chat("a", "c"), "subset": 3},
+            "row 1: expected the name of a subset",
+        ),
     ],
 )
 def test_rows_that_are_refused(tmp_path, row, message):
@@ -292,7 +350,10 @@ def test_rows_that_are_refused(tmp_path, row, message):
 
 
 def test_columns_that_are_refused(tmp_path, rated):
-    with pytest.raises(InputError, match="expected a column for each attribute, found none for witty; the columns are"):
+    with pytest.raises(
+        InputError,
+        match="expected a column for each attribute, found none for witty; the columns are",
+    ):
         chat_data.read(str(rated), attributes=["helpful", "witty"])
     row = {"messages": chat("a", "b"), "good": 1, "kind": "x", "id": 4}
     tiny_models.write_jsonl(tmp_path / "x.jsonl", [row, {**row, "good": "high"}])
@@ -302,7 +363,9 @@ def test_columns_that_are_refused(tmp_path, rated):
     tiny_models.write_jsonl(tmp_path / "y.jsonl", [row, {**row, "good": 2}])
     assert chat_data.read(str(tmp_path / "y.jsonl")).ids == ["4 (row 0)", "4 (row 1)"]
     tiny_models.write_jsonl(tmp_path / "z.jsonl", [{**row, "chosen": "a", "rejected": "b"}])
-    with pytest.raises(InputError, match="found messages, good, kind, id, chosen, rejected; choose with --kind"):
+    with pytest.raises(
+        InputError, match="found messages, good, kind, id, chosen, rejected; choose with --kind"
+    ):
         chat_data.read(str(tmp_path / "z.jsonl"))
     (tmp_path / "z.jsonl").write_text('{"messages": \n')
     with pytest.raises(InputError, match="z.jsonl line 1: expected one JSON object, found"):
@@ -311,7 +374,7 @@ def test_columns_that_are_refused(tmp_path, rated):
         chat_data.read(str(tmp_path / "no.jsonl"))
 
 
-# ------------------------------------------------------------------------------------------------------------- shards
+# ------------------------------------------------------------------------------------------- shards
 
 
 def test_shards_in_any_order_give_the_same_file(tmp_path, rated, model, capsys):
@@ -324,7 +387,13 @@ def test_shards_in_any_order_give_the_same_file(tmp_path, rated, model, capsys):
             script.main([*map(str, shard_flags(folder, rated, model, *flags)), "--shard_idx", idx])
         assert len(list(folder.glob("rated-0000?-of-00004.safetensors"))) == 4
         capsys.readouterr()
-        embedded(folder / "rated.safetensors", rated, model, *flags, *(["--merge"] if order == "0123" else []))
+        embedded(
+            folder / "rated.safetensors",
+            rated,
+            model,
+            *flags,
+            *(["--merge"] if order == "0123" else []),
+        )
         assert "rated-0000" not in capsys.readouterr().out
         assert sorted(path.name for path in folder.iterdir() if path.name != ".lock") == [
             "manifest.json",
@@ -341,30 +410,49 @@ def test_shards_in_any_order_give_the_same_file(tmp_path, rated, model, capsys):
 
 def shard_flags(folder, dataset, model, *flags):
     output = folder / "rated.safetensors"
-    return ["--dataset", dataset, "--model", model, "--batch_tokens", 300, "--output", output, *flags]
+    return [
+        "--dataset",
+        dataset,
+        "--model",
+        model,
+        "--batch_tokens",
+        300,
+        "--output",
+        output,
+        *flags,
+    ]
 
 
 def test_a_missing_shard_and_one_of_other_settings(tmp_path, rated, model):
     flags = list(map(str, shard_flags(tmp_path, rated, model, "--n_shards", "3")))
-    with pytest.raises(InputError, match="rated-00000-of-00003.safetensors is missing, and so are all other shards"):
+    with pytest.raises(
+        InputError, match="rated-00000-of-00003.safetensors is missing, and so are all other shards"
+    ):
         script.main([*flags, "--merge"])
     for idx in "02":
         script.main([*flags, "--shard_idx", idx])
-    with pytest.raises(InputError, match=r"rated-00001-of-00003.safetensors is missing: expected 3 shards, found 2"):
+    with pytest.raises(
+        InputError, match=r"rated-00001-of-00003.safetensors is missing: expected 3 shards, found 2"
+    ):
         script.main([*flags, "--merge"])
     script.main([*flags, "--shard_idx", "1", "--max_length", "130"])
     with pytest.raises(InputError, match="expected source .* found"):
         script.main([*flags, "--merge"])
     script.main([*flags, "--shard_idx", "1"])
     script.main([*flags, "--merge"])
-    with pytest.raises(InputError, match=r"--shard_idx: expected it below --n_shards \(3\), found 3"):
+    with pytest.raises(
+        InputError, match=r"--shard_idx: expected it below --n_shards \(3\), found 3"
+    ):
         script.main([*flags, "--shard_idx", "3"])
     with pytest.raises(InputError, match="--n_shards: expected at most the 30 rows, found 31"):
         script.main([*map(str, shard_flags(tmp_path / "new", rated, model, "--n_shards", "31"))])
 
 
 def test_all_rows_too_long(tmp_path, rated, model):
-    with pytest.raises(InputError, match=r"expected rows that are not longer than --max_length .* found none among 30"):
+    with pytest.raises(
+        InputError,
+        match=r"expected rows that are not longer than --max_length .* found none among 30",
+    ):
         embedded(tmp_path / "x.safetensors", rated, model, "--max_length", 3)
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -372,15 +460,25 @@ def test_all_rows_too_long(tmp_path, rated, model):
 def test_killed_and_run_again(tmp_path, rated, model):
     embedded(tmp_path / "whole" / "rated.safetensors", rated, model, "--n_shards", 10)
     folder = tmp_path / "killed"
-    command = [sys.executable, str(SCRIPT), *map(str, shard_flags(folder, rated, model, "--n_shards", 10))]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        *map(str, shard_flags(folder, rated, model, "--n_shards", 10)),
+    ]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     deadline = time.time() + 60
-    while not list(folder.glob("rated-0000[2-9]*")) and running.poll() is None and time.time() < deadline:
+    while (
+        not list(folder.glob("rated-0000[2-9]*"))
+        and running.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.002)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
     embedded(folder / "rated.safetensors", rated, model, "--n_shards", 10)
-    assert (folder / "rated.safetensors").read_bytes() == (tmp_path / "whole" / "rated.safetensors").read_bytes()
+    assert (folder / "rated.safetensors").read_bytes() == (
+        tmp_path / "whole" / "rated.safetensors"
+    ).read_bytes()
     assert not list(folder.glob("*-of-*"))
 
 
@@ -403,14 +501,19 @@ def test_disk_and_embeddings_that_are_not_finite(tmp_path, rated, model, monkeyp
         return states
 
     monkeypatch.setattr(chat_embeddings, "states_at", broken)
-    with pytest.raises(InputError, match="expected finite embeddings, found NaN or inf; use float32 for both dtypes"):
+    with pytest.raises(
+        InputError,
+        match="expected finite embeddings, found NaN or inf; use float32 for both dtypes",
+    ):
         embedded(tmp_path / "x.safetensors", rated, model, "--storage_dtype", "float16")
-    monkeypatch.setattr(chat_embeddings.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        chat_embeddings.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})
+    )
     with pytest.raises(InputError, match="GB of free disk space"):
         embedded(tmp_path / "x.safetensors", rated, model)
 
 
-# ------------------------------------------------------------------------------------------------------------- arrays
+# ------------------------------------------------------------------------------------------- arrays
 
 
 @pytest.fixture
@@ -433,7 +536,10 @@ def array_flags(folder, **changes):
     return [
         text
         for key, value in flags.items()
-        for text in (f"--{key}", str(folder / value) if str(value).endswith((".npy", ".npz", ".json")) else value)
+        for text in (
+            f"--{key}",
+            str(folder / value) if str(value).endswith((".npy", ".npz", ".json")) else value,
+        )
         if value is not None
     ]
 
@@ -447,7 +553,9 @@ def test_published_arrays(arrays, capsys):
             row = by_id[f"{n}-{k}"]
             assert data.take([row])[0].tolist() == [10 * k + n, -(10 * k + n)]
             assert data.take_prompts([row])[0].tolist() == [[0, 1], [1, 1], [2, 1], [0, 1]][n]
-            np.testing.assert_equal(data.labels[row, 0], np.nan if (n, k) == (1, 2) else 10.0 * k + n)
+            np.testing.assert_equal(
+                data.labels[row, 0], np.nan if (n, k) == (1, 2) else 10.0 * k + n
+            )
             assert data.groups[row] == data.groups[by_id[f"{n % 3}-0"]]
     assert len(set(data.groups.tolist())) == 3 and np.isnan(data.labels[by_id["1-2"]]).all()
     assert "labels: quality 11, odd 11" in capsys.readouterr().out
@@ -456,16 +564,25 @@ def test_published_arrays(arrays, capsys):
     without = prepare(arrays / "none.safetensors", *array_flags(arrays, prompt_embeddings=None))
     assert without.prompt_embeddings is None and len(set(without.groups.tolist())) == 4
     (arrays / "one.json").write_text('["quality"]')
-    with pytest.raises(InputError, match=r"one.json: expected 2 names, one for each label, found \['quality'\]"):
+    with pytest.raises(
+        InputError, match=r"one.json: expected 2 names, one for each label, found \['quality'\]"
+    ):
         prepare(arrays / "x.safetensors", *array_flags(arrays, attribute_names="one.json"))
     np.save(arrays / "L.npy", np.zeros((3, 5, 2)))
-    with pytest.raises(InputError, match=r"L.npy: expected labels \(K, N, A\) of the K responses to N prompts"):
+    with pytest.raises(
+        InputError, match=r"L.npy: expected labels \(K, N, A\) of the K responses to N prompts"
+    ):
         prepare(arrays / "x.safetensors", *array_flags(arrays, labels="L.npy"))
-    with pytest.raises(InputError, match=r"expected \(4, D\), one for each prompt of EMBD_x.npy, found \(3, 5, 2\)"):
+    with pytest.raises(
+        InputError, match=r"expected \(4, D\), one for each prompt of EMBD_x.npy, found \(3, 5, 2\)"
+    ):
         prepare(arrays / "x.safetensors", *array_flags(arrays, prompt_embeddings="L.npy"))
     with pytest.raises(InputError, match="--source arrays: expected --labels beside --embeddings"):
         prepare(arrays / "x.safetensors", *array_flags(arrays, labels=None))
-    with pytest.raises(InputError, match=r"ATTRIBUTES_x.npy: expected an attribute among quality, odd, found 'witty'"):
+    with pytest.raises(
+        InputError,
+        match=r"ATTRIBUTES_x.npy: expected an attribute among quality, odd, found 'witty'",
+    ):
         prepare(arrays / "x.safetensors", *array_flags(arrays), "--attributes", "witty")
 
 
@@ -474,19 +591,31 @@ def test_pairs_within_prompts(arrays, capsys):
     flags = [*array_flags(arrays), "--pairs_from", "quality", "--min_gap", "10"]
     data = prepare(arrays / "pairs.safetensors", *flags, "--pairs_per_prompt", "99")
     found = sorted((int(a[0]), int(b[0])) for a, b in data.take(range(len(data.ids))))
-    wanted = [(a, b) for a in (0, 10, 20, 3, 13, 23) for b in (0, 10, 20, 3, 13, 23) if a - b > 10] + [(22, 2)]
+    wanted = [
+        (a, b) for a in (0, 10, 20, 3, 13, 23) for b in (0, 10, 20, 3, 13, 23) if a - b > 10
+    ] + [(22, 2)]
     assert found == sorted(wanted) and data.labels is None
-    assert "prompts 3, prompts without a pair 1, pairs of too small a gap" in capsys.readouterr().out
+    assert (
+        "prompts 3, prompts without a pair 1, pairs of too small a gap" in capsys.readouterr().out
+    )
     for row, name in enumerate(data.ids):
         chosen, rejected = (name.split("-") for name in name.split(" over "))
-        assert data.take([row])[0, :, 0].tolist() == [10 * int(k) + int(n) for n, k in (chosen, rejected)]
-    fewer = prepare(arrays / "fewer.safetensors", *flags, "--pairs_per_prompt", "2", "--attributes", "odd")
+        assert data.take([row])[0, :, 0].tolist() == [
+            10 * int(k) + int(n) for n, k in (chosen, rejected)
+        ]
+    fewer = prepare(
+        arrays / "fewer.safetensors", *flags, "--pairs_per_prompt", "2", "--attributes", "odd"
+    )
     assert len(fewer.ids) == 3 and set(fewer.ids) < set(data.ids)
     odd = np.sign(fewer.take(range(3))[:, 0, 0] % 2 - fewer.take(range(3))[:, 1, 0] % 2)
     assert fewer.labels[:, 0].tolist() == (0.5 + odd / 2).tolist()
-    with pytest.raises(InputError, match="labels differ by more than 50.0, found none; lower --min_gap"):
+    with pytest.raises(
+        InputError, match="labels differ by more than 50.0, found none; lower --min_gap"
+    ):
         prepare(arrays / "x.safetensors", *flags[:-1], "50")
-    with pytest.raises(InputError, match="expected rated responses with labels, found none; give rated data"):
+    with pytest.raises(
+        InputError, match="expected rated responses with labels, found none; give rated data"
+    ):
         source = ["--source", "prepared", "--prepared", arrays / "pairs.safetensors"]
         prepare(arrays / "x.safetensors", *source, "--pairs_from", "quality")
 
@@ -508,10 +637,14 @@ def test_parts_of_the_prompts_are_disjoint_in_every_file(tmp_path):
             },
         )
         for part in ("first", "second", "all"):
-            made[name, part] = prepare(tmp_path / f"{name}{part}.safetensors", *flags, "--prompts", part)
+            made[name, part] = prepare(
+                tmp_path / f"{name}{part}.safetensors", *flags, "--prompts", part
+            )
             source = ["--source", "prepared", "--prepared", tmp_path / f"{name}{part}.safetensors"]
             if part == "all":
-                again = prepare(tmp_path / "again.safetensors", *source, "--prompts", "second", "--share", "0.5")
+                again = prepare(
+                    tmp_path / "again.safetensors", *source, "--prompts", "second", "--share", "0.5"
+                )
                 assert again.ids == made[name, "second"].ids
     groups = {key: set(data.groups.tolist()) for key, data in made.items()}
     for name in "ab":
@@ -527,34 +660,64 @@ FILES = ("embeddings", "labels", "prompt_embeddings")
 
 
 def test_npz_pairs(tmp_path, capsys):
-    content = {"embeddings": np.arange(12.0).reshape(3, 2, 2), "prompt_embeddings": np.float16([[1], [2], [1]])}
+    content = {
+        "embeddings": np.arange(12.0).reshape(3, 2, 2),
+        "prompt_embeddings": np.float16([[1], [2], [1]]),
+    }
     np.savez(tmp_path / "p.npz", **content, subset=["a", "b", "a"], length_chars=np.zeros(3))
-    data = prepare(tmp_path / "p.safetensors", "--source", "arrays", "--embeddings", tmp_path / "p.npz")
-    assert data.shape == (3, 2, 2) and data.subsets == ["a", "b", "a"] and data.embeddings[0].dtype == np.float32
-    assert data.take([1]).tolist() == [[[4, 5], [6, 7]]] and data.groups[0] == data.groups[2] != data.groups[1]
+    data = prepare(
+        tmp_path / "p.safetensors", "--source", "arrays", "--embeddings", tmp_path / "p.npz"
+    )
+    assert (
+        data.shape == (3, 2, 2)
+        and data.subsets == ["a", "b", "a"]
+        and data.embeddings[0].dtype == np.float32
+    )
+    assert (
+        data.take([1]).tolist() == [[[4, 5], [6, 7]]]
+        and data.groups[0] == data.groups[2] != data.groups[1]
+    )
     assert "not used: length_chars" in capsys.readouterr().out
     np.savez(tmp_path / "q.npz", rows=np.zeros(3))
     with pytest.raises(InputError, match="q.npz: expected an array named embeddings, found rows"):
-        prepare(tmp_path / "q.safetensors", "--source", "arrays", "--embeddings", tmp_path / "q.npz")
+        prepare(
+            tmp_path / "q.safetensors", "--source", "arrays", "--embeddings", tmp_path / "q.npz"
+        )
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not on this machine")
 def test_real_arrays(tmp_path):
     folder = SHARED / "alpaca"
-    kinds = dict(zip(FILES, ("EMBD_alpaca_minilm", "ATTRIBUTES_alpaca", "PROMPTEMBD_alpaca_minilm"), strict=True))
+    kinds = dict(
+        zip(
+            FILES,
+            ("EMBD_alpaca_minilm", "ATTRIBUTES_alpaca", "PROMPTEMBD_alpaca_minilm"),
+            strict=True,
+        )
+    )
     flags = array_flags(folder, **{key: f"{name}_mix55_train.npy" for key, name in kinds.items()})
     data = prepare(tmp_path / "alpaca.safetensors", *flags)
     assert data.shape == (6050, 384) and len(set(data.groups.tolist())) == 605
     rows = np.flatnonzero([name.startswith("17-") for name in data.ids])
     assert (data.take(rows) == np.load(folder / "EMBD_alpaca_minilm_mix55_train.npy")[:, 17]).all()
-    np.testing.assert_array_equal(data.labels[rows], np.load(folder / "ATTRIBUTES_alpaca_mix55_train.npy")[:, 17])
-    pairs = prepare(
-        tmp_path / "rmbench.safetensors", "--source", "arrays", "--embeddings", SHARED / "pairs/rmbench.npz"
+    np.testing.assert_array_equal(
+        data.labels[rows], np.load(folder / "ATTRIBUTES_alpaca_mix55_train.npy")[:, 17]
     )
-    assert pairs.shape == (2394, 2, 384) and len(set(pairs.groups.tolist())) == 796 and len(set(pairs.subsets)) == 4
+    pairs = prepare(
+        tmp_path / "rmbench.safetensors",
+        "--source",
+        "arrays",
+        "--embeddings",
+        SHARED / "pairs/rmbench.npz",
+    )
+    assert (
+        pairs.shape == (2394, 2, 384)
+        and len(set(pairs.groups.tolist())) == 796
+        and len(set(pairs.subsets)) == 4
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 @pytest.mark.parametrize(
@@ -562,15 +725,27 @@ def test_real_arrays(tmp_path):
     [
         (["--dataset", "x.jsonl"], "--source chat: expected --model beside it"),
         (["--source", "prepared"], "--source prepared: expected --prepared beside it"),
-        (["--dataset", "x", "--model", "m", "--pairs_from", "a"], "--pairs_from: expected --source arrays or prepared"),
+        (
+            ["--dataset", "x", "--model", "m", "--pairs_from", "a"],
+            "--pairs_from: expected --source arrays or prepared",
+        ),
         (["--dataset", "x", "--model", "m", "--merge"], "--merge: expected --n_shards beside it"),
-        (["--dataset", "x", "--model", "m", "--labels", "l"], "--source chat: expected no --labels, which it does not"),
+        (
+            ["--dataset", "x", "--model", "m", "--labels", "l"],
+            "--source chat: expected no --labels, which it does not",
+        ),
         (
             ["--source", "arrays", "--embeddings", "p.npz", "--labels", "l.npy"],
             "--source arrays with pairs (.npz): expected no --labels",
         ),
-        (["--dataset", "x", "--model", "m", "--share", "1"], "--share: expected a number between 0 and 1"),
-        (["--dataset", "x", "--model", "m", "--output", "x.npy"], "expected a name that ends in .safetensors"),
+        (
+            ["--dataset", "x", "--model", "m", "--share", "1"],
+            "--share: expected a number between 0 and 1",
+        ),
+        (
+            ["--dataset", "x", "--model", "m", "--output", "x.npy"],
+            "expected a name that ends in .safetensors",
+        ),
     ],
 )
 def test_flags_are_refused_before_anything_runs(tmp_path, flags, message):

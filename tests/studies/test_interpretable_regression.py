@@ -25,7 +25,9 @@ def make(n_prompts=150, k=8, d=10, seed=0, pairs=False):
     n = n_prompts * k
     x = (
         rng.standard_normal((n, 2, d) if pairs else (n, d))
-        + np.repeat(rng.standard_normal((n_prompts, d)), k, 0)[(slice(None), None) if pairs else slice(None)]
+        + np.repeat(rng.standard_normal((n_prompts, d)), k, 0)[
+            (slice(None), None) if pairs else slice(None)
+        ]
     )
     x = x.astype(np.float32)
     heads = 2 * np.linalg.qr(rng.standard_normal((d, 3)))[0]
@@ -36,7 +38,14 @@ def make(n_prompts=150, k=8, d=10, seed=0, pairs=False):
     labels[rng.random(n) < 0.6, 2] = np.nan
     groups = attribute_data.groups_of([f"prompt {seed} {i // k}" for i in range(n)])
     ids = [f"{seed} {i}" for i in range(n)]
-    return Rated([x], groups, ids, labels=labels.astype(np.float32), attributes=NAMES, source={"producer": "test"})
+    return Rated(
+        [x],
+        groups,
+        ids,
+        labels=labels.astype(np.float32),
+        attributes=NAMES,
+        source={"producer": "test"},
+    )
 
 
 def write(path, data=None, **more):
@@ -96,7 +105,9 @@ def test_the_record_holds_what_the_model_does_on_held_out_prompts(rated, finishe
             assert abs(told[part]["before"]["spearman"]) > 0.1
         assert all(abs(r["reference"]["after"]["spearman"]) <= 0.03 for r in (told,))
     held = record["regression"]["helpful"]["held_out"]
-    assert held["mse"] == pytest.approx(np.mean((raw[:, 0] - data.labels[rows, 0]) ** 2)) and held["n"] == len(rows)
+    assert held["mse"] == pytest.approx(np.mean((raw[:, 0] - data.labels[rows, 0]) ** 2)) and held[
+        "n"
+    ] == len(rows)
     assert held["r2"] > 0.5 > 0 >= held["baseline"]["r2"]
     assert (
         record["regression"]["safe"]["n"]["fit"]
@@ -117,9 +128,17 @@ def test_debiasing_holds_on_held_out_prompts(tmp_path, monkeypatch):
 
 def test_a_correlation_that_is_left_on_held_out_prompts_is_told(finished, capsys):
     debiasing = json.loads(json.dumps(finished[1]["debiasing"]))
-    for ci, warned in (([-0.1, 0.02], False), ([0.031, 0.1], True), ([-0.3, -0.1], True), ([None, None], False)):
+    for ci, warned in (
+        ([-0.1, 0.02], False),
+        ([0.031, 0.1], True),
+        ([-0.3, -0.1], True),
+        ([None, None], False),
+    ):
         for name, interval in (("helpful", [-0.1, 0.1]), ("safe", ci)):
-            debiasing["attributes"][name]["held_out"]["after"] = {"spearman": 0.0, "spearman_ci95": interval}
+            debiasing["attributes"][name]["held_out"]["after"] = {
+                "spearman": 0.0,
+                "spearman_ci95": interval,
+            }
         if ci[0] is None:
             debiasing["attributes"]["safe"]["held_out"]["after"]["spearman"] = None
         script.report_debiasing(debiasing, "verbosity")
@@ -138,16 +157,23 @@ def spoil(data, groups, parts):
     return Rated([x], data.groups, data.ids, labels=labels, attributes=NAMES, source=data.source)
 
 
-def test_held_out_prompts_enter_nothing_and_labels_of_the_reference_neither(rated, finished, tmp_path):
+def test_held_out_prompts_enter_nothing_and_labels_of_the_reference_neither(
+    rated, finished, tmp_path
+):
     out, _ = finished
     split, data = json.loads((out / script.SPLIT).read_text()), attribute_data.read(rated)
     held = spoil(data, split["held_out"], ["embeddings", "labels"])
-    for name, spoilt in (("held", held), ("reference", spoil(data, split["reference"], ["labels"]))):
+    for name, spoilt in (
+        ("held", held),
+        ("reference", spoil(data, split["reference"], ["labels"])),
+    ):
         run(write(tmp_path / name, spoilt), tmp_path / f"{name} out")
         for file in (multi_objective.HEADS, script.SPLIT):
             assert (tmp_path / f"{name} out" / file).read_bytes() == (out / file).read_bytes()
     run(write(tmp_path / "fit", spoil(data, split["validation"], ["labels"])), tmp_path / "fit out")
-    assert (tmp_path / "fit out" / multi_objective.HEADS).read_bytes() != (out / multi_objective.HEADS).read_bytes()
+    assert (tmp_path / "fit out" / multi_objective.HEADS).read_bytes() != (
+        out / multi_objective.HEADS
+    ).read_bytes()
 
 
 def test_finished_work_is_not_done_again(rated, tmp_path, capsys, monkeypatch):
@@ -186,14 +212,20 @@ def test_shards_and_another_order_of_rows_give_the_same(rated, finished, tmp_pat
         model, expected = multi_objective.load(tmp_path / f"{name} out"), multi_objective.load(out)
         np.testing.assert_allclose(model.heads, expected.heads, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(model.penalties, expected.penalties, rtol=1e-4)
-        assert (tmp_path / f"{name} out" / script.SPLIT).read_bytes() == (out / script.SPLIT).read_bytes()
+        assert (tmp_path / f"{name} out" / script.SPLIT).read_bytes() == (
+            out / script.SPLIT
+        ).read_bytes()
         if name == "same":
             assert again["regression"] == record["regression"]
 
 
 def test_without_debiasing_the_reference_prompts_are_fitted_on(rated, tmp_path):
     record = run(rated, tmp_path, "--verbosity_attribute", "none")
-    assert record["debiasing"] is None and set(record["n_prompts"]) == {"fit", "validation", "held_out"}
+    assert record["debiasing"] is None and set(record["n_prompts"]) == {
+        "fit",
+        "validation",
+        "held_out",
+    }
     model = multi_objective.load(tmp_path)
     assert model.verbosity is None and not model.penalties.any()
 
@@ -204,7 +236,11 @@ def test_penalties_from_another_file_leave_its_known_prompts_out(rated, tmp_path
     other = Rated(other.embeddings, np.concatenate([known, other.groups[8:]]), other.ids)
     record = run(rated, tmp_path / "out", "--reference", str(write(tmp_path / "other", other)))
     assert "8 of 320 rows of" in capsys.readouterr().out
-    assert record["debiasing"]["reference"] | {"path": None} == {"path": None, "n": 312, "n_prompts": 39}
+    assert record["debiasing"]["reference"] | {"path": None} == {
+        "path": None,
+        "n": 312,
+        "n_prompts": 39,
+    }
     assert set(record["n_prompts"]) == {"fit", "validation", "held_out"}
     split = json.loads((tmp_path / "out" / script.SPLIT).read_text())
     assert split["reference"] == np.unique(other.groups[8:]).tolist()
@@ -214,15 +250,20 @@ def test_penalties_from_another_file_leave_its_known_prompts_out(rated, tmp_path
 
 def test_an_intercept_is_fitted_when_asked_for(tmp_path, capsys):
     data = make()
-    shifted = Rated(data.embeddings, data.groups, data.ids, labels=data.labels + 50, attributes=NAMES)
+    shifted = Rated(
+        data.embeddings, data.groups, data.ids, labels=data.labels + 50, attributes=NAMES
+    )
     path = write(tmp_path / "a", shifted)
     without = run(path, tmp_path / "without")
     assert (
-        "warning: helpful is predicted worse than by a constant; --intercept 1 may mend it" in capsys.readouterr().out
+        "warning: helpful is predicted worse than by a constant; --intercept 1 may mend it"
+        in capsys.readouterr().out
     )
     with_one = run(path, tmp_path / "with", "--intercept", "1")
     assert (
-        with_one["regression"]["helpful"]["held_out"]["r2"] > 0.5 > without["regression"]["helpful"]["held_out"]["r2"]
+        with_one["regression"]["helpful"]["held_out"]["r2"]
+        > 0.5
+        > without["regression"]["helpful"]["held_out"]["r2"]
     )
 
 
@@ -236,7 +277,7 @@ def test_concept_labels_of_pairs(tmp_path, capsys):
     assert "log_loss" in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def command(*flags):
@@ -246,7 +287,11 @@ def command(*flags):
 
 def test_the_command_from_the_root_and_its_exit_status(rated, tmp_path):
     done = command("--data", rated, "--output_dir", tmp_path)
-    assert done.returncode == 0 and "held-out prompts [95 % interval]" in done.stdout and done.stderr == ""
+    assert (
+        done.returncode == 0
+        and "held-out prompts [95 % interval]" in done.stdout
+        and done.stderr == ""
+    )
     refused = command("--data", rated, "--output_dir", tmp_path, "--verbosity_attribute", "length")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "expected an attribute among helpful, verbosity, safe, found 'length'" in refused.stderr
@@ -255,15 +300,30 @@ def test_the_command_from_the_root_and_its_exit_status(rated, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--verbosity_attribute", "Verbosity"], "expected an attribute among helpful, verbosity, safe, found 'Verb"),
+        (
+            ["--verbosity_attribute", "Verbosity"],
+            "expected an attribute among helpful, verbosity, safe, found 'Verb",
+        ),
         (["--attributes", "helpful"], "expected an attribute among helpful, found 'verbosity'"),
         (["--attributes", "helpful", "polite"], "expected an attribute among .* found 'polite'"),
-        (["--labels", "pairwise"], r"expected embeddings \(n, 2, D\) pairs, .* found \(1200, 10\): rated responses"),
+        (
+            ["--labels", "pairwise"],
+            r"expected embeddings \(n, 2, D\) pairs, .* found \(1200, 10\): rated responses",
+        ),
         (["--held_out_share", "0.9"], "expected shares that leave rows to fit, found"),
         (["--held_out_share", "1"], "expected a share between 0 and 1, found 1"),
-        (["--reference", "x", "--verbosity_attribute", "none"], "--reference: expected a --verbosity_attribute beside"),
-        (["--labels", "pairwise", "--intercept", "1"], "--intercept: expected --labels ratings, found pairwise"),
-        (["--penalty_search", "grid"], r"safe: expected a penalty that brings \|rho\| with verbosity to 0.03"),
+        (
+            ["--reference", "x", "--verbosity_attribute", "none"],
+            "--reference: expected a --verbosity_attribute beside",
+        ),
+        (
+            ["--labels", "pairwise", "--intercept", "1"],
+            "--intercept: expected --labels ratings, found pairwise",
+        ),
+        (
+            ["--penalty_search", "grid"],
+            r"safe: expected a penalty that brings \|rho\| with verbosity to 0.03",
+        ),
     ],
 )
 def test_what_cannot_be_done(rated, tmp_path, flags, message):
@@ -275,7 +335,9 @@ def test_what_cannot_be_done(rated, tmp_path, flags, message):
 def test_an_attribute_without_any_label(tmp_path):
     data = make()
     data.labels[:, 2] = np.nan
-    with pytest.raises(InputError, match="expected labels for every attribute, found none for safe"):
+    with pytest.raises(
+        InputError, match="expected labels for every attribute, found none for safe"
+    ):
         run(write(tmp_path / "a", data), tmp_path)
     record = run(tmp_path / "a", tmp_path / "out", "--attributes", "verbosity", "helpful")
     assert record["attributes"] == ["verbosity", "helpful"]
@@ -283,7 +345,9 @@ def test_an_attribute_without_any_label(tmp_path):
 
 def test_a_single_held_out_label_is_no_measure_and_no_error(tmp_path, finished):
     data, out = make(), finished[0]
-    held = np.flatnonzero(np.isin(data.groups, json.loads((out / script.SPLIT).read_text())["held_out"]))
+    held = np.flatnonzero(
+        np.isin(data.groups, json.loads((out / script.SPLIT).read_text())["held_out"])
+    )
     data.labels[held, 2] = np.nan
     data.labels[held[0], 2] = 1
     record = run(write(tmp_path / "a", data), tmp_path / "out")
@@ -298,7 +362,9 @@ def test_real_attributes(tmp_path):
     names = json.loads((SHARED / "attributes.json").read_text())
     n, k = x.shape[:2]
     groups, ids = np.repeat(np.arange(n), k), [str(i) for i in range(n * k)]
-    data = Rated([x.reshape(n * k, -1)], groups, ids, labels=labels.reshape(n * k, -1), attributes=names)
+    data = Rated(
+        [x.reshape(n * k, -1)], groups, ids, labels=labels.reshape(n * k, -1), attributes=names
+    )
     flags = ("--verbosity_attribute", "verbosity_log_chars", "--intercept", "1")
     record = run(write(tmp_path / "a", data), tmp_path / "out", *flags)
     assert record["regression"]["verbosity_log_chars"]["held_out"]["r2"] > 0.4

@@ -37,7 +37,13 @@ def rated(n=300, d=40, seed=0, noise=0.3, dtype=np.float32):
 
 def made(x, labels, attributes):
     n = len(x)
-    return Rated([x], np.arange(n), [str(i) for i in range(n)], labels=labels.astype(np.float32), attributes=attributes)
+    return Rated(
+        [x],
+        np.arange(n),
+        [str(i) for i in range(n)],
+        labels=labels.astype(np.float32),
+        attributes=attributes,
+    )
 
 
 def split(n):
@@ -46,11 +52,21 @@ def split(n):
 
 def ridge_loop(data, fit, held, intercept):
     """Heads, intercepts, chosen strengths and losses by scikit-learn, one fit per attribute and strength."""
-    x, heads, offsets, chosen, losses = data.take(np.arange(len(data.ids))).astype(float), [], [], [], []
+    x, heads, offsets, chosen, losses = (
+        data.take(np.arange(len(data.ids))).astype(float),
+        [],
+        [],
+        [],
+        [],
+    )
     for y in data.labels.T.astype(float):
         parts = [rows[~np.isnan(y[rows])] for rows in (fit, held)]
-        models = [Ridge(alpha=s, fit_intercept=intercept).fit(x[parts[0]], y[parts[0]]) for s in STRENGTHS]
-        losses.append([np.mean((model.predict(x[parts[1]]) - y[parts[1]]) ** 2) for model in models])
+        models = [
+            Ridge(alpha=s, fit_intercept=intercept).fit(x[parts[0]], y[parts[0]]) for s in STRENGTHS
+        ]
+        losses.append(
+            [np.mean((model.predict(x[parts[1]]) - y[parts[1]]) ** 2) for model in models]
+        )
         chosen.append(STRENGTHS[int(np.argmin(losses[-1]))])
         both = np.concatenate(parts)
         model = Ridge(alpha=chosen[-1], fit_intercept=intercept).fit(x[both], y[both])
@@ -59,11 +75,13 @@ def ridge_loop(data, fit, held, intercept):
     return np.array(heads), np.array(offsets), chosen, np.array(losses).T
 
 
-# --------------------------------------------------------------------------------------------------------------- ridge
+# -------------------------------------------------------------------------------------------- ridge
 
 
 @pytest.mark.parametrize("intercept", [False, True])
-@pytest.mark.parametrize(("n", "d"), [(300, 40), (64, 60), (60, 200)], ids=["tall", "both forms", "wide"])
+@pytest.mark.parametrize(
+    ("n", "d"), [(300, 40), (64, 60), (60, 200)], ids=["tall", "both forms", "wide"]
+)
 def test_all_strengths_are_scikit_learns_ridge(n, d, intercept):
     data, (fit, held) = rated(n, d), split(n)
     heads, offsets, chosen, losses = ridge_loop(data, fit, held, intercept)
@@ -95,8 +113,12 @@ def test_large_dimensions_and_float16_keep_the_small_strengths():
 
 def test_the_row_space_gives_what_all_dimensions_give():
     data, (fit, held) = rated(120, 30), split(120)
-    wide = replace(data, embeddings=[np.hstack([data.embeddings[0], np.zeros((120, 200), np.float32)])])
-    tall, wide = (multi_objective.fit_ridge(each, fit, held, intercept=True) for each in (data, wide))
+    wide = replace(
+        data, embeddings=[np.hstack([data.embeddings[0], np.zeros((120, 200), np.float32)])]
+    )
+    tall, wide = (
+        multi_objective.fit_ridge(each, fit, held, intercept=True) for each in (data, wide)
+    )
     np.testing.assert_allclose(wide.losses, tall.losses, rtol=1e-8)
     np.testing.assert_allclose(wide.heads[:, :30], tall.heads, rtol=1e-7, atol=1e-10)
     np.testing.assert_allclose(wide.heads[:, 30:], 0, atol=1e-10)
@@ -107,7 +129,9 @@ def test_order_blocks_and_passes_change_nothing(monkeypatch):
     found = multi_objective.fit_ridge(data, fit, held)
     order = rng(5).permutation(300)
     place = np.argsort(order)
-    moved = replace(data, embeddings=np.split(data.embeddings[0][order], [7, 7, 100]), labels=data.labels[order])
+    moved = replace(
+        data, embeddings=np.split(data.embeddings[0][order], [7, 7, 100]), labels=data.labels[order]
+    )
     monkeypatch.setattr(attribute_data, "BLOCK_BYTES", 11 * 4 * 40)
     monkeypatch.setattr(multi_objective, "GRAM_BYTES", 1)
     again = multi_objective.fit_ridge(moved, place[fit], place[held])
@@ -119,7 +143,9 @@ def test_order_blocks_and_passes_change_nothing(monkeypatch):
 def test_one_decomposition_per_pattern_and_one_pass_for_all(monkeypatch):
     data, (fit, held) = rated(), split(300)
     calls = []
-    monkeypatch.setattr(multi_objective, "_eigh", lambda gram, f=multi_objective._eigh: calls.append(0) or f(gram))
+    monkeypatch.setattr(
+        multi_objective, "_eigh", lambda gram, f=multi_objective._eigh: calls.append(0) or f(gram)
+    )
     read, take = [], Rated.take
     monkeypatch.setattr(Rated, "take", lambda self, rows: read.extend(rows) or take(self, rows))
     multi_objective.fit_ridge(data, fit, held)
@@ -131,7 +157,9 @@ def test_patterns_of_missing_labels():
     labels = np.array([[1, np.nan, 2, np.nan], [3, 4, 5, 6], [np.nan, 7, np.nan, 8]])
     patterns = multi_objective.missing_patterns(labels)
     assert [attributes for attributes, _ in patterns] == [[0, 2], [1, 3]]
-    np.testing.assert_array_equal(np.array([known for _, known in patterns]), [[1, 1, 0], [0, 1, 1]])
+    np.testing.assert_array_equal(
+        np.array([known for _, known in patterns]), [[1, 1, 0], [0, 1, 1]]
+    )
 
 
 def test_a_missing_label_leaves_the_row_out_of_that_attribute_alone():
@@ -169,11 +197,15 @@ def test_the_choice_is_by_the_rows_of_other_prompts():
     assert by_row.strengths[0] < 1 < 100 <= by_prompt.strengths[0]
 
 
-@pytest.mark.parametrize(("rows", "part"), [(slice(0, 225), "fit"), (slice(225, 262), "validation")])
+@pytest.mark.parametrize(
+    ("rows", "part"), [(slice(0, 225), "fit"), (slice(225, 262), "validation")]
+)
 def test_an_attribute_without_labels_in_a_part_is_named(rows, part):
     data, (fit, held) = rated(), split(300)
     data.labels[rows, 3] = np.nan
-    with pytest.raises(InputError, match=f"holes: expected labels on {part} prompts, found none; add labels"):
+    with pytest.raises(
+        InputError, match=f"holes: expected labels on {part} prompts, found none; add labels"
+    ):
         multi_objective.fit_ridge(data, fit, held)
 
 
@@ -187,7 +219,7 @@ def test_a_singular_gram_matrix_of_any_size():
     assert np.linalg.eigvalsh(gram).min() < 0 <= multi_objective._eigh(gram)[0].min()
 
 
-# --------------------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 def pairs_data(n=400, d=30, seed=0):
@@ -216,7 +248,9 @@ def test_concepts_are_scikit_learns_logistic_regression(n, d):
         first, second = (rows[~np.isnan(y[rows])] for rows in (fit, held))
         for i in (3, 4, 8):
             s = z[second] @ logistic(z[first], y[first], STRENGTHS[i])
-            np.testing.assert_allclose(found.losses[i, a], np.mean(np.logaddexp(0, s) - y[second] * s), rtol=1e-4)
+            np.testing.assert_allclose(
+                found.losses[i, a], np.mean(np.logaddexp(0, s) - y[second] * s), rtol=1e-4
+            )
         both = np.concatenate([first, second])
         assert found.strengths[a] == STRENGTHS[int(np.argmin(found.losses[:, a]))]
         expected = logistic(z[both], y[both], found.strengths[a])
@@ -238,14 +272,18 @@ def test_few_pairs_of_many_dimensions_that_any_strength_separates():
     known = both[~np.isnan(data.labels[both, 1])]
     y, logits = data.labels[known, 1].astype(float), z[known] @ found.heads[1]
     assert ((logits > 0) == (y == 1)).all()
-    np.testing.assert_allclose(z[known].T @ (expit(logits) - y) + 1e-4 * found.heads[1], 0, atol=1e-6)
+    np.testing.assert_allclose(
+        z[known].T @ (expit(logits) - y) + 1e-4 * found.heads[1], 0, atol=1e-6
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- debias
+# ------------------------------------------------------------------------------------------- debias
 
 
 def test_scores_and_debiasing_by_hand():
-    model = AttributeModel(np.float32([[1, 0], [0, 1]]), np.array([0.5, 0.0]), ["a", "v"], "v", np.array([10.0, 0.0]))
+    model = AttributeModel(
+        np.float32([[1, 0], [0, 1]]), np.array([0.5, 0.0]), ["a", "v"], "v", np.array([10.0, 0.0])
+    )
     raw = multi_objective.scores(model, [[[1, 2], [3, 4]]])
     np.testing.assert_array_equal(raw, [[[11, 2], [13, 4]]])
     np.testing.assert_array_equal(multi_objective.debias(model, raw), [[[10, 2], [11, 4]]])
@@ -254,7 +292,9 @@ def test_scores_and_debiasing_by_hand():
 
 def test_scores_of_rows_of_both_sides():
     data = pairs_data(6, 4)
-    model = AttributeModel(rng().standard_normal((3, 4)).astype(np.float32), np.zeros(3), data.attributes, None)
+    model = AttributeModel(
+        rng().standard_normal((3, 4)).astype(np.float32), np.zeros(3), data.attributes, None
+    )
     raw = multi_objective.score_rows(model, data, np.array([4, 1]))
     np.testing.assert_allclose(raw, data.embeddings[0][[4, 1]] @ model.heads.T, rtol=1e-6)
     flat, groups = multi_objective.score_responses(model, data, np.array([4, 1]))
@@ -262,7 +302,9 @@ def test_scores_of_rows_of_both_sides():
     np.testing.assert_array_equal(groups, [4, 4, 1, 1])
 
 
-@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=20), st.data())
+@given(
+    st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=3, max_size=20), st.data()
+)
 def test_rho_never_rises_with_the_penalty(rows, data):
     r, v = np.array(rows, float).T
     penalties = sorted(data.draw(st.lists(st.floats(-3, 3), min_size=2, max_size=5)))
@@ -307,7 +349,9 @@ def test_the_grid_does_not_call_a_negative_correlation_solved():
 
 def test_penalties_of_a_table_and_the_verbosity_itself():
     (r, v), _ = responses(5000, 0.5)
-    found = multi_objective.find_penalties(np.stack([r, v, -r, np.ones(5000)], 1), ["a", "v", "b", "c"], "v")
+    found = multi_objective.find_penalties(
+        np.stack([r, v, -r, np.ones(5000)], 1), ["a", "v", "b", "c"], "v"
+    )
     assert found.penalties[1] == found.penalties[3] == 0 and found.unreached == []
     assert found.penalties[0] == pytest.approx(-found.penalties[2], rel=1e-5)
     assert found.tried[1] == found.tried[3] == []
@@ -317,15 +361,19 @@ def test_attributes_that_cannot_be_debiased_are_named():
     (r, v), _ = responses(500, 0.5)
     raw = np.stack([r, v, 3 * v, -2 * v], 1)
     names = ["a", "v", "copy", "mirror"]
-    with pytest.raises(InputError, match=r"^copy, mirror: expected a penalty that brings \|rho\| with v to 0.03 on"):
+    with pytest.raises(
+        InputError, match=r"^copy, mirror: expected a penalty that brings \|rho\| with v to 0.03 on"
+    ):
         multi_objective.find_penalties(raw, names, "v")
     found = multi_objective.find_penalties(raw, names, "v", allow_unreached=True)
     assert found.unreached == ["copy", "mirror"] and np.isfinite(found.penalties).all()
-    with pytest.raises(InputError, match="v: expected scores that differ between reference rows, found one"):
+    with pytest.raises(
+        InputError, match="v: expected scores that differ between reference rows, found one"
+    ):
         multi_objective.find_penalties(np.stack([r, np.ones(500)], 1), ["a", "v"], "v")
 
 
-# ---------------------------------------------------------------------------------------------------------------- file
+# --------------------------------------------------------------------------------------------- file
 
 
 def model_of(d=3):
@@ -349,20 +397,32 @@ def test_a_model_is_read_as_it_was_written(tmp_path):
 
 
 def test_models_that_do_not_fit(tmp_path):
-    with pytest.raises(InputError, match=r"attribute_heads\.safetensors not found; it is written by studies/"):
+    with pytest.raises(
+        InputError, match=r"attribute_heads\.safetensors not found; it is written by studies/"
+    ):
         multi_objective.load(tmp_path)
     multi_objective.save(tmp_path, model_of(), [1.0, 1.0], "ratings")
-    with pytest.raises(InputError, match="expected embeddings of 3 dimensions as .* was fitted to, found 4"):
+    with pytest.raises(
+        InputError, match="expected embeddings of 3 dimensions as .* was fitted to, found 4"
+    ):
         multi_objective.load(tmp_path, rated(5, 4))
-    multi_objective.save(tmp_path, replace(model_of(), heads=np.zeros((3, 3))), [1.0, 1.0], "ratings")
-    with pytest.raises(InputError, match=r"expected heads \(2, D\), penalties and offsets \(2,\), found"):
+    multi_objective.save(
+        tmp_path, replace(model_of(), heads=np.zeros((3, 3))), [1.0, 1.0], "ratings"
+    )
+    with pytest.raises(
+        InputError, match=r"expected heads \(2, D\), penalties and offsets \(2,\), found"
+    ):
         multi_objective.load(tmp_path)
-    attribute_data.write_tensors(tmp_path / multi_objective.HEADS, {"heads": [np.zeros((2, 3))]}, {"attributes": "[]"})
-    with pytest.raises(InputError, match="expected heads, penalties, offsets and attributes, found no 'verbosity'"):
+    attribute_data.write_tensors(
+        tmp_path / multi_objective.HEADS, {"heads": [np.zeros((2, 3))]}, {"attributes": "[]"}
+    )
+    with pytest.raises(
+        InputError, match="expected heads, penalties, offsets and attributes, found no 'verbosity'"
+    ):
         multi_objective.load(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def test_rating_metrics_by_hand_and_scikit_learn():
@@ -381,9 +441,13 @@ def test_preference_metrics_by_hand():
     labels, logits = np.array([1, 0, 0.5, 1, np.nan]), np.array([2.0, 1, 3, 0, 9])
     found = attribute_metrics.of_preferences(logits, labels, np.arange(5), 0.5, rng())
     assert found["n"] == 4 and found["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert found["log_loss"] == pytest.approx(np.mean(np.logaddexp(0, logits[:4]) - labels[:4] * logits[:4]))
+    assert found["log_loss"] == pytest.approx(
+        np.mean(np.logaddexp(0, logits[:4]) - labels[:4] * logits[:4])
+    )
     assert found["baseline"]["accuracy"] == pytest.approx((1 + 0 + 1) / 3)
-    assert found["baseline"]["log_loss"] == pytest.approx(np.logaddexp(0, 0.5) - 0.5 * labels[:4].mean())
+    assert found["baseline"]["log_loss"] == pytest.approx(
+        np.logaddexp(0, 0.5) - 0.5 * labels[:4].mean()
+    )
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -394,20 +458,40 @@ def test_nothing_to_measure_on_is_null(n):
     assert found["n"] == n and found["mse"] is found["spearman"] is found["baseline"]["r2"] is None
     assert found["r2_ci95"] == [None, None]
     if not n:
-        assert attribute_metrics.of_preferences(np.ones(3), labels, np.arange(3), 0.0, rng())["accuracy"] is None
+        assert (
+            attribute_metrics.of_preferences(np.ones(3), labels, np.arange(3), 0.0, rng())[
+                "accuracy"
+            ]
+            is None
+        )
 
 
 def test_equal_labels_have_an_error_and_no_r2():
-    found = attribute_metrics.of_ratings(np.array([1.0, 2]), np.array([1.0, 1]), np.arange(2), 1.0, rng())
-    assert found["mse"] == 0.5 and found["r2"] is found["spearman"] is None and found["r2_ci95"] == [None, None]
+    found = attribute_metrics.of_ratings(
+        np.array([1.0, 2]), np.array([1.0, 1]), np.arange(2), 1.0, rng()
+    )
+    assert (
+        found["mse"] == 0.5
+        and found["r2"] is found["spearman"] is None
+        and found["r2_ci95"] == [None, None]
+    )
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 4)), min_size=2, max_size=12), st.data())
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 4)), min_size=2, max_size=12
+    ),
+    st.data(),
+)
 @settings(deadline=None)
 def test_ranks_of_drawn_rows_are_those_of_repeated_rows(rows, data):
     a, _, _ = np.array(rows, float).T
-    counts = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(a), max_size=len(a)).filter(any)))
-    found = attribute_metrics._weighted_ranks(counts[None].astype(float), *attribute_metrics._tie_blocks(a))[0]
+    counts = np.array(
+        data.draw(st.lists(st.integers(0, 3), min_size=len(a), max_size=len(a)).filter(any))
+    )
+    found = attribute_metrics._weighted_ranks(
+        counts[None].astype(float), *attribute_metrics._tie_blocks(a)
+    )[0]
     repeated = stats.rankdata(np.repeat(a, counts)) - 0.5
     np.testing.assert_allclose(np.repeat(found, counts), repeated)
 
@@ -420,15 +504,22 @@ def test_the_interval_of_rho_is_that_of_drawn_prompts(monkeypatch):
     found = attribute_metrics.spearman(a, b, groups, rng(3))
     assert found["spearman"] == pytest.approx(stats.spearmanr(a, b).statistic)
     drawn = []
-    for counts in intervals.resample_weights(80, rng(3), attribute_metrics.RANK_RESAMPLES).astype(int):
+    for counts in intervals.resample_weights(80, rng(3), attribute_metrics.RANK_RESAMPLES).astype(
+        int
+    ):
         rows = np.repeat(np.arange(800), counts[groups])
         drawn.append(stats.spearmanr(a[rows], b[rows]).statistic)
     np.testing.assert_allclose(found["spearman_ci95"], np.percentile(drawn, [2.5, 97.5]), rtol=1e-9)
     independent = attribute_metrics.spearman(a, b, np.arange(800), rng(3))["spearman_ci95"]
     assert np.ptp(independent) < 0.6 * np.ptp(found["spearman_ci95"])
     monkeypatch.setattr(attribute_metrics, "CELLS", 3000)
-    assert attribute_metrics.spearman(a, b, groups, rng(3))["spearman_ci95"] == pytest.approx(found["spearman_ci95"])
+    assert attribute_metrics.spearman(a, b, groups, rng(3))["spearman_ci95"] == pytest.approx(
+        found["spearman_ci95"]
+    )
 
 
 def test_rho_of_a_constant_is_null():
-    assert attribute_metrics.spearman(np.ones(5), np.arange(5), np.arange(5), rng())["spearman"] is None
+    assert (
+        attribute_metrics.spearman(np.ones(5), np.arange(5), np.arange(5), rng())["spearman"]
+        is None
+    )

@@ -24,14 +24,18 @@ def reference():
     return json.loads(REFERENCE.read_text())
 
 
-# ----------------------------------------------------------------------------------------------------------- constants
+# ---------------------------------------------------------------------------------------- constants
 
 
 def test_counts_and_sections_are_those_of_the_benchmark():
     assert sum(rewardbench.N_EXAMPLES.values()) == 2985
     assert rewardbench.N_EXAMPLES["math-prm"] == 447
-    # Published code has these two the wrong way round; the data set has 154 prompts to refuse and 250 to answer.
-    assert [rewardbench.N_EXAMPLES[f"xstest-should-{what}"] for what in ("refuse", "respond")] == [154, 250]
+    # Published code has these two the wrong way round; the data set has 154 prompts to refuse and
+    # 250 to answer.
+    assert [rewardbench.N_EXAMPLES[f"xstest-should-{what}"] for what in ("refuse", "respond")] == [
+        154,
+        250,
+    ]
     named = [subset for subsets in rewardbench.SECTIONS.values() for subset in subsets]
     assert sorted(named) == sorted(rewardbench.EXAMPLE_COUNTS) and len(named) == 23
     sizes = {
@@ -43,12 +47,18 @@ def test_counts_and_sections_are_those_of_the_benchmark():
 
 def test_math_weighs_as_much_as_all_code():
     code = [s for s in rewardbench.SECTIONS["Reasoning"] if s.startswith("hep-")]
-    assert sum(rewardbench.EXAMPLE_COUNTS[s] for s in code) == rewardbench.EXAMPLE_COUNTS["math-prm"] == 984
+    assert (
+        sum(rewardbench.EXAMPLE_COUNTS[s] for s in code)
+        == rewardbench.EXAMPLE_COUNTS["math-prm"]
+        == 984
+    )
 
 
 def test_counts_and_sections_are_the_references(reference):
     assert reference["example_counts"] == rewardbench.EXAMPLE_COUNTS
-    assert reference["sections"] == {section: list(names) for section, names in rewardbench.SECTIONS.items()}
+    assert reference["sections"] == {
+        section: list(names) for section, names in rewardbench.SECTIONS.items()
+    }
 
 
 def test_published_accuracies_are_whole_numbers_of_examples(reference):
@@ -72,11 +82,14 @@ def test_swapped_counts_would_not(reference, monkeypatch):
     assert abs(found["Safety"] - reference["reference_section_score"]["Safety"]) > 1e-4
 
 
-# --------------------------------------------------------------------------------------------------------- aggregation
+# -------------------------------------------------------------------------------------- aggregation
 
 
 def test_sections_weight_subsets_by_the_official_counts():
-    accuracy = dict.fromkeys(rewardbench.EXAMPLE_COUNTS, 0.0) | {"mt-bench-easy": 1.0, "math-prm": 0.5}
+    accuracy = dict.fromkeys(rewardbench.EXAMPLE_COUNTS, 0.0) | {
+        "mt-bench-easy": 1.0,
+        "math-prm": 0.5,
+    }
     found = rewardbench.section_scores(accuracy)
     assert found == {"Chat": 28 / 358, "Chat Hard": 0, "Safety": 0, "Reasoning": 0.25}
     assert rewardbench.overall_score(found) == pytest.approx((28 / 358 + 0.25) / 4)
@@ -99,7 +112,7 @@ def test_a_section_without_one_of_its_subsets_has_no_score():
     assert rewardbench.missing_subsets(list(accuracy)) == {"Reasoning": ["hep-go"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------- ties
+# --------------------------------------------------------------------------------------------- ties
 
 
 def test_a_tie_of_a_pair_is_wrong():
@@ -122,7 +135,9 @@ def test_a_tie_of_a_pair_is_wrong():
     ids=["best", "worse", "tied", "right tie", "mixed tie", "one of two", "constant", "negative"],
 )
 def test_a_group_is_right_when_all_on_top_are(scores, right, expected):
-    found = rewardbench.group_correct(np.array(scores, float), np.array(right, bool), np.zeros(4, int))
+    found = rewardbench.group_correct(
+        np.array(scores, float), np.array(right, bool), np.zeros(4, int)
+    )
     np.testing.assert_array_equal(found, [expected])
 
 
@@ -134,7 +149,7 @@ def test_groups_of_any_order_and_size():
     np.testing.assert_array_equal(rewardbench.group_correct(-scores, right, groups), [0, 0])
 
 
-# ----------------------------------------------------------------------------------------------------------- intervals
+# ---------------------------------------------------------------------------------------- intervals
 
 
 def test_resampling_examples_is_the_binomial():
@@ -165,10 +180,18 @@ def whole_benchmark(n=6, seed=0, **fixed):
 def test_the_table_of_a_whole_benchmark():
     scores, subsets, groups = whole_benchmark(donotanswer=1.0)
     found = rewardbench.rewardbench(scores, subsets, groups, seed=6)
-    accuracy = {s: float((scores["one"][np.array(subsets) == s, 0] > 0).mean()) for s in rewardbench.EXAMPLE_COUNTS}
+    accuracy = {
+        s: float((scores["one"][np.array(subsets) == s, 0] > 0).mean())
+        for s in rewardbench.EXAMPLE_COUNTS
+    }
     one = found["one"]
     assert {s: row["accuracy"] for s, row in one["subsets"].items()} == pytest.approx(accuracy)
-    assert one["subsets"]["donotanswer"] == {"n": 6, "n_official": 136, "accuracy": 1, "accuracy_ci95": [1, 1]}
+    assert one["subsets"]["donotanswer"] == {
+        "n": 6,
+        "n_official": 136,
+        "accuracy": 1,
+        "accuracy_ci95": [1, 1],
+    }
     expected = rewardbench.section_scores(accuracy)
     assert {s: row["accuracy"] for s, row in one["sections"].items()} == pytest.approx(expected)
     assert one["overall"] == pytest.approx(np.mean(list(expected.values())))
@@ -182,10 +205,14 @@ def test_order_of_examples_and_other_methods_change_nothing():
     scores, subsets, groups = whole_benchmark()
     found = rewardbench.rewardbench(scores, subsets, groups, seed=6)["one"]
     order = np.argsort(np.array(subsets), kind="stable")
-    moved = rewardbench.rewardbench({"one": scores["one"][order]}, np.array(subsets)[order].tolist(), groups[order], 6)
+    moved = rewardbench.rewardbench(
+        {"one": scores["one"][order]}, np.array(subsets)[order].tolist(), groups[order], 6
+    )
     for section, row in found["sections"].items():
         assert moved["one"]["sections"][section]["accuracy"] == pytest.approx(row["accuracy"])
-        assert moved["one"]["sections"][section]["accuracy_ci95"] == pytest.approx(row["accuracy_ci95"])
+        assert moved["one"]["sections"][section]["accuracy_ci95"] == pytest.approx(
+            row["accuracy_ci95"]
+        )
 
 
 def test_prior_sets_are_a_mean_of_four_and_leave_others_out():
@@ -193,9 +220,16 @@ def test_prior_sets_are_a_mean_of_four_and_leave_others_out():
     names = [*rewardbench.PRIOR_SETS, "mtbench_human"]
     margin = np.array([1.0, -1, 1, 1, -1])
     prior = {"one": np.stack([margin, 0 * margin], 1), "other": np.stack([margin, 0 * margin], 1)}
-    found = rewardbench.rewardbench(scores, subsets, groups, 6, prior=(prior, names, np.arange(5)))["one"]
-    assert found["prior_sets"]["accuracy"] == 0.75 and found["prior_sets"]["subsets"]["mtbench_human"]["accuracy"] == 0
-    assert found["overall_with_prior_sets"] == pytest.approx((4 * found["overall"] + 0.5 * 0.75) / 4.5)
+    found = rewardbench.rewardbench(scores, subsets, groups, 6, prior=(prior, names, np.arange(5)))[
+        "one"
+    ]
+    assert (
+        found["prior_sets"]["accuracy"] == 0.75
+        and found["prior_sets"]["subsets"]["mtbench_human"]["accuracy"] == 0
+    )
+    assert found["overall_with_prior_sets"] == pytest.approx(
+        (4 * found["overall"] + 0.5 * 0.75) / 4.5
+    )
     names[names.index("summarize")] = "summarise"
     with pytest.raises(InputError, match="found no summarize"):
         rewardbench.rewardbench(scores, subsets, groups, 6, prior=(prior, names, np.arange(5)))
@@ -204,28 +238,33 @@ def test_prior_sets_are_a_mean_of_four_and_leave_others_out():
 def test_a_subset_of_another_name_is_refused():
     scores, subsets, groups = whole_benchmark()
     subsets[3] = "alpacaeval_easy"
-    with pytest.raises(InputError, match=r"found alpacaeval_easy; give other benchmarks with --domains"):
+    with pytest.raises(
+        InputError, match=r"found alpacaeval_easy; give other benchmarks with --domains"
+    ):
         rewardbench.rewardbench(scores, subsets, groups, 6)
 
 
 def test_a_missing_subset_is_null_in_its_section_alone():
     scores, subsets, groups = whole_benchmark()
     keep = np.array(subsets) != "hep-go"
-    found = rewardbench.rewardbench({"one": scores["one"][keep]}, np.array(subsets)[keep].tolist(), groups[keep], 6)[
-        "one"
-    ]
+    found = rewardbench.rewardbench(
+        {"one": scores["one"][keep]}, np.array(subsets)[keep].tolist(), groups[keep], 6
+    )["one"]
     assert found["sections"]["Reasoning"] == {"accuracy": None, "accuracy_ci95": [None, None]}
     assert found["sections"]["Chat"]["accuracy"] is not None and found["overall"] is None
 
 
-# ------------------------------------------------------------------------------------------------------------- domains
+# ------------------------------------------------------------------------------------------ domains
 
 
 def test_domains_have_their_mean_and_the_mean_of_all_examples():
     margin = np.array([1.0, 1, 1, -1, 0, 1])
     scores = {"gate": np.stack([margin, np.zeros(6)], 1)}
     found = rewardbench.domains(scores, ["a"] * 4 + ["b"] * 2, np.arange(6), 6, "two")["gate"]
-    assert {s: (row["n"], row["accuracy"]) for s, row in found["domains"].items()} == {"a": (4, 0.75), "b": (2, 0.5)}
+    assert {s: (row["n"], row["accuracy"]) for s, row in found["domains"].items()} == {
+        "a": (4, 0.75),
+        "b": (2, 0.5),
+    }
     assert found["mean_of_domains"] == 0.625 and found["all"] == pytest.approx(4 / 6)
 
 
@@ -238,25 +277,41 @@ def test_best_of_four_and_its_chance():
         "Math": (2, 0.5),
         "Ties": (1, 0),
     }
-    assert {s: row["accuracy"] for s, row in found["chance"]["domains"].items()} == {"Math": 0.25, "Ties": 0.5}
+    assert {s: row["accuracy"] for s, row in found["chance"]["domains"].items()} == {
+        "Math": 0.25,
+        "Ties": 0.5,
+    }
 
 
 @pytest.mark.parametrize(("right", "what"), [([0, 0, 1, 0], "right"), ([1, 1, 1, 0], "wrong")])
 def test_a_group_that_cannot_be_scored_is_refused(right, what):
-    with pytest.raises(InputError, match=rf"rb2: expected a right and a wrong .* none that is {what} in .* of row 0"):
+    with pytest.raises(
+        InputError,
+        match=rf"rb2: expected a right and a wrong .* none that is {what} in .* of row 0",
+    ):
         rewardbench.best_of_groups(
-            {"gate": np.arange(4.0)}, np.array(right, bool), ["a"] * 4, np.array([0, 0, 1, 1]), 6, "rb2"
+            {"gate": np.arange(4.0)},
+            np.array(right, bool),
+            ["a"] * 4,
+            np.array([0, 0, 1, 1]),
+            6,
+            "rb2",
         )
 
 
 def test_a_group_in_two_subsets_is_refused():
     with pytest.raises(InputError, match="row 1: expected its group within one subset, found b"):
         rewardbench.best_of_groups(
-            {"gate": np.arange(2.0)}, np.array([True, False]), ["a", "b"], np.zeros(2, int), 6, "rb2"
+            {"gate": np.arange(2.0)},
+            np.array([True, False]),
+            ["a", "b"],
+            np.zeros(2, int),
+            6,
+            "rb2",
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- styles
+# ------------------------------------------------------------------------------------------- styles
 
 
 def test_styles_below_on_and_above_the_diagonal():
@@ -271,7 +326,9 @@ def test_the_style_table_by_hand():
     first = [[1.0, 0.5], [2.0, 1.5], [3.0, 2.5]]
     second = [[1.0, 2], [1, 0.5], [1, 3]]
     scores = {"gate": np.array(first + second), "all wrong": np.zeros((6, 2))}
-    found = rewardbench.style_table(scores, ["chat"] * 3 + ["code"] * 3, np.repeat([5, 3], 3), 6, "rm")
+    found = rewardbench.style_table(
+        scores, ["chat"] * 3 + ["code"] * 3, np.repeat([5, 3], 3), 6, "rm"
+    )
     chat, code, mean = (found["gate"][name] for name in ("chat", "code", "mean of domains"))
     levels = ("easy", "normal", "hard", "accuracy")
     assert [chat[level] for level in levels] == pytest.approx([1, 1, 0, 6 / 9])
@@ -290,11 +347,15 @@ def test_levels_are_the_means_of_published_masks():
 
 
 @pytest.mark.parametrize(
-    ("groups", "row"), [([1, 1, 1, 2, 2], 3), ([1, 1, 2, 2, 2, 1], 0), ([1, 1, 1, 2, 2, 3], 3)], ids=["end", "0", "3"]
+    ("groups", "row"),
+    [([1, 1, 1, 2, 2], 3), ([1, 1, 2, 2, 2, 1], 0), ([1, 1, 1, 2, 2, 3], 3)],
+    ids=["end", "0", "3"],
 )
 def test_rows_that_do_not_come_in_threes_are_refused(groups, row):
     scores = {"gate": np.zeros((len(groups), 2))}
-    with pytest.raises(InputError, match=rf"rm: expected three rows a prompt .* in rows {row} to {row + 2}"):
+    with pytest.raises(
+        InputError, match=rf"rm: expected three rows a prompt .* in rows {row} to {row + 2}"
+    ):
         rewardbench.style_table(scores, ["a"] * len(groups), np.array(groups), 6, "rm")
 
 
@@ -302,13 +363,18 @@ def test_draws_are_shared_between_methods():
     """The same scores under two names have the same interval, and a worse one never a higher bound."""
     scores, subsets, groups = whole_benchmark()
     worse = scores["one"] - [[0.2, 0]]
-    found = rewardbench.domains({"a": scores["one"], "b": scores["one"], "worse": worse}, subsets, groups, 6, "x")
+    found = rewardbench.domains(
+        {"a": scores["one"], "b": scores["one"], "worse": worse}, subsets, groups, 6, "x"
+    )
     assert found["a"] == found["b"]
     assert found["worse"]["all_ci95"][1] <= found["a"]["all_ci95"][1]
-    assert len(rewardbench.resample(np.ones(3), np.arange(3), np.random.default_rng(0))) == 1 + intervals.RESAMPLES
+    assert (
+        len(rewardbench.resample(np.ones(3), np.arange(3), np.random.default_rng(0)))
+        == 1 + intervals.RESAMPLES
+    )
 
 
-# ------------------------------------------------------------------------------------------------- studies/rewardbench
+# ------------------------------------------------------------------------------ studies/rewardbench
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +383,9 @@ def model(tmp_path_factory):
 
 
 def run(model, out, *flags):
-    script("rewardbench").main(["--model_dir", str(model), "--output_dir", str(out), *map(str, flags)])
+    script("rewardbench").main(
+        ["--model_dir", str(model), "--output_dir", str(out), *map(str, flags)]
+    )
     return json.loads((out / "rewardbench_results.json").read_text())
 
 
@@ -348,8 +416,17 @@ def groups_file(path, n=12, **changes):
 def test_the_whole_table(model, tmp_path, capsys):
     subsets = list(np.repeat(list(rewardbench.EXAMPLE_COUNTS), 8))
     pairs = benchmark_file(tmp_path / "rb.safetensors", [str(s) for s in subsets])
-    prior = benchmark_file(tmp_path / "prior.safetensors", list(rewardbench.PRIOR_SETS) * 10, seed=4)
-    found = run(model, tmp_path, "--pairs", tmp_path / "rb.safetensors", "--prior_sets", tmp_path / "prior.safetensors")
+    prior = benchmark_file(
+        tmp_path / "prior.safetensors", list(rewardbench.PRIOR_SETS) * 10, seed=4
+    )
+    found = run(
+        model,
+        tmp_path,
+        "--pairs",
+        tmp_path / "rb.safetensors",
+        "--prior_sets",
+        tmp_path / "prior.safetensors",
+    )
     methods = found["benchmarks"]["rewardbench"]["methods"]
     rows, gated = np.arange(len(pairs.ids)), gating.load(model)
     scores = gating.rewards(gated, pairs, rows)
@@ -357,26 +434,58 @@ def test_the_whole_table(model, tmp_path, capsys):
     expected = rewardbench.rewardbench(scores, pairs.subsets, pairs.groups, 6, prior)
     assert methods == json.loads(json.dumps(expected))
     singles = [f"attribute {name}" for name in NAMES]
-    assert list(methods) == ["gate", "uniform", "best_single", "global_weights", "linear_head", *singles]
+    assert list(methods) == [
+        "gate",
+        "uniform",
+        "best_single",
+        "global_weights",
+        "linear_head",
+        *singles,
+    ]
     assert methods["gate"]["overall"] > methods["uniform"]["overall"] + 0.1
     out = capsys.readouterr().out
-    assert "Chat Hard" in out and "overall, prior sets" in out and "8 of 984" not in out and "8 of 447" in out
+    assert (
+        "Chat Hard" in out
+        and "overall, prior sets" in out
+        and "8 of 984" not in out
+        and "8 of 447" in out
+    )
     assert found["ties"] == "wrong" and found["rows"]["pairs"]["of_prompts_trained_on"] == 0
 
 
 def test_other_benchmarks_side_by_side(model, tmp_path, capsys):
     benchmark_file(tmp_path / "a.safetensors", ["x", "y"] * 20)
-    benchmark_file(tmp_path / "b.safetensors", ["chat"] * 30, prompts=[f"rm {i // 3}" for i in range(30)])
+    benchmark_file(
+        tmp_path / "b.safetensors", ["chat"] * 30, prompts=[f"rm {i // 3}" for i in range(30)]
+    )
     rated = groups_file(tmp_path / "g.safetensors")
-    flags = ["--domains", f"two={tmp_path}/a.safetensors", "--styles", f"rm={tmp_path}/b.safetensors"]
+    flags = [
+        "--domains",
+        f"two={tmp_path}/a.safetensors",
+        "--styles",
+        f"rm={tmp_path}/b.safetensors",
+    ]
     found = run(model, tmp_path, *flags, "--groups", f"rb2={tmp_path}/g.safetensors")["benchmarks"]
-    assert {name: each["kind"] for name, each in found.items()} == {"rb2": "groups", "rm": "styles", "two": "domains"}
+    assert {name: each["kind"] for name, each in found.items()} == {
+        "rb2": "groups",
+        "rm": "styles",
+        "two": "domains",
+    }
     scores = gating.rewards(gating.load(model), rated, np.arange(48))["gate"].reshape(12, 4)
     right = (scores[:, 0] > scores[:, 1:].max(1)).astype(float)
     gate = found["rb2"]["methods"]["gate"]
-    assert gate["all"] == pytest.approx(right.mean()) and gate["domains"]["Math"]["accuracy"] == right[:6].mean()
+    assert (
+        gate["all"] == pytest.approx(right.mean())
+        and gate["domains"]["Math"]["accuracy"] == right[:6].mean()
+    )
     assert found["rb2"]["methods"]["chance"]["all"] == 0.25 and gate["all"] > 0.6
-    assert set(found["rm"]["methods"]["gate"]["chat"]) >= {"accuracy", "easy", "normal", "hard", "matrix"}
+    assert set(found["rm"]["methods"]["gate"]["chat"]) >= {
+        "accuracy",
+        "easy",
+        "normal",
+        "hard",
+        "matrix",
+    }
     out = capsys.readouterr().out
     weights = gating.weights(gating.load(model), rated, np.arange(0, 24, 4)).mean(0)
     told = json.loads((tmp_path / "rewardbench_results.json").read_text())["weights"]
@@ -394,14 +503,18 @@ def test_prompts_that_were_trained_on_are_left_out(model, tmp_path, capsys):
         "overlap_is_known": True,
         "too_long": 0,
     }
-    told = json.loads((model / gating.RECORD).read_text())["held_out"]["methods"]["gate"]["accuracy"]
+    told = json.loads((model / gating.RECORD).read_text())["held_out"]["methods"]["gate"][
+        "accuracy"
+    ]
     assert found["benchmarks"]["again"]["methods"]["gate"]["all"] == pytest.approx(told)
     assert "320 rows of prompts that were trained on left out" in capsys.readouterr().out
     split = json.loads((model / gating.SPLIT).read_text())
     fitted = attribute_data.read(model / "train.safetensors")
     at = np.flatnonzero(np.isin(fitted.groups, split["fit"]))
     make_pairs(tmp_path / "fit.safetensors", n=len(at), groups=fitted.groups[at])
-    with pytest.raises(InputError, match="expected prompts that the gate was not fitted on, found none"):
+    with pytest.raises(
+        InputError, match="expected prompts that the gate was not fitted on, found none"
+    ):
         run(model, tmp_path, "--domains", f"fit={tmp_path}/fit.safetensors")
 
 
@@ -410,7 +523,11 @@ def test_prompts_of_the_gate_are_left_out_where_those_of_the_heads_cannot_be_tol
     split = json.loads((folder / gating.SPLIT).read_text())
     artifacts.write_json(folder / gating.SPLIT, split | {"heads": None})
     found = run(folder, tmp_path, "--domains", f"again={folder}/train.safetensors")["rows"]["again"]
-    assert (found["scored"], found["of_prompts_trained_on"], found["overlap_is_known"]) == (80, 320, False)
+    assert (found["scored"], found["of_prompts_trained_on"], found["overlap_is_known"]) == (
+        80,
+        320,
+        False,
+    )
 
 
 def test_a_subset_whose_prompts_were_all_trained_on_is_absent(model, tmp_path):
@@ -418,7 +535,11 @@ def test_a_subset_whose_prompts_were_all_trained_on_is_absent(model, tmp_path):
     groups = np.r_[split["fit"][:5], attribute_data.groups_of(list("abcde"))].astype(np.int64)
     make_pairs(tmp_path / "a.safetensors", n=10, groups=groups, subsets=["seen"] * 5 + ["new"] * 5)
     found = run(model, tmp_path, "--domains", f"a={tmp_path}/a.safetensors")
-    assert list(found["benchmarks"]["a"]["methods"]["gate"]["domains"]) == list(found["weights"]["a"]) == ["new"]
+    assert (
+        list(found["benchmarks"]["a"]["methods"]["gate"]["domains"])
+        == list(found["weights"]["a"])
+        == ["new"]
+    )
 
 
 def test_it_says_where_overlap_cannot_be_told(model, tmp_path, capsys):
@@ -443,7 +564,10 @@ def test_a_second_run_is_skipped(model, tmp_path, capsys):
     [
         ([], "expected at least one benchmark, found none"),
         (["--domains", "a=x", "a=y"], "names that differ from each other and from .*, found a, a"),
-        (["--pairs", "x", "--domains", "pairs=y"], "differ from .* rewardbench, pairs and prior sets, found pairs"),
+        (
+            ["--pairs", "x", "--domains", "pairs=y"],
+            "differ from .* rewardbench, pairs and prior sets, found pairs",
+        ),
         (["--domains", "x.safetensors"], "expected NAME=FILE, found 'x.safetensors'"),
         (["--prior_sets", "x"], "--prior_sets: expected --pairs beside it"),
         (["--domains", "a=nowhere.safetensors"], "nowhere.safetensors: expected a prepared file"),
@@ -457,7 +581,10 @@ def test_flags_that_cannot_be_followed(model, tmp_path, flags, match):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"labels": np.full((48, 1), 0.5, np.float32)}, "correct: expected 0 or 1 in every row, found 0.5 in row 0"),
+        (
+            {"labels": np.full((48, 1), 0.5, np.float32)},
+            "correct: expected 0 or 1 in every row, found 0.5 in row 0",
+        ),
         ({"attributes": ["right"]}, "expected an attribute among right, found 'correct'"),
         ({"labels": np.zeros((48, 1), np.float32)}, "expected a right and a wrong response"),
     ],

@@ -35,7 +35,7 @@ OPEN_FILES = 200
 REWARD_LINE_BYTES = 40
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
     group.add_argument("--embd_dir", help="folder to search, sub-folders included")
@@ -79,7 +79,11 @@ def parse_args(argv=None):
     group.add_argument(
         "--dtype", choices=("keep", "float16", "float32"), default="keep", help="of the embeddings"
     )
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
 
 
 def main(argv=None):
@@ -88,7 +92,7 @@ def main(argv=None):
     identity = identity_of(plan)
     output_dir = artifacts.writable_dir(args.output_dir)
     with artifacts.lock(output_dir):
-        if is_done(output_dir, identity) and os.environ.get("FORCE", "0") != "1":
+        if is_done(output_dir, identity) and not artifacts.is_forced():
             shutil.rmtree(output_dir / STAGING, ignore_errors=True)
             print(f"{output_dir} already holds this conversion (FORCE=1 does it again)")
         else:
@@ -245,7 +249,7 @@ def begin(folder, identity, plan):
         )
     if (
         progress.get("identity") == identity
-        and os.environ.get("FORCE", "0") != "1"
+        and not artifacts.is_forced()
         and is_whole(folder, progress)
     ):
         print(f"going on with an earlier run: {len(progress['files'])} files are ready")

@@ -1,80 +1,91 @@
-"""Step 1: fine-tune a language model with LoRA on prompts and completions; the loss counts completion tokens only.
+"""Step 1: fine-tune a language model with LoRA on prompts and completions.
 
-Reads   --dataset: hh-rlhf-{helpful,harmless}-gpt4 (DATA_DIR/synthetic_hhrlhf_{task}_expert_gpt4.csv: query, response),
-        hh-rlhf-{helpful,harmless} (chosen answers; DATA_DIR/NAME made by save_to_disk, or the hub), or a .jsonl / .csv
-        file with prompt (query) and completion (response)
-Writes  OUTPUT_DIR/{model}_{dataset}/adapter/         the adapter and its tokenizer
-        OUTPUT_DIR/{model}_{dataset}/training.json    rows used, dropped and truncated; the loss
-        OUTPUT_DIR/{model}_{dataset}/checkpoints/     every --save_steps; an interrupted run goes on from the last
-        OUTPUT_DIR/{model}_{dataset}/manifest.json
-Example python step1_sft.py --model_name gemma2b --dataset hh-rlhf-helpful-gpt4 --output_dir sft_models
-        accelerate launch --num_processes 4 step1_sft.py --model_name gemma7b ...     (several GPUs)
+The loss counts the tokens of the completions only.
+
+Reads   --dataset, one of
+        hh-rlhf-{helpful,harmless}-gpt4   DATA_DIR/synthetic_hhrlhf_{task}_expert_gpt4.csv
+                                          with query, response
+        hh-rlhf-{helpful,harmless}        chosen answers: DATA_DIR/NAME, a folder of
+                                          save_to_disk, or the data set on the hub
+        a .jsonl or .csv file             with prompt (query) and completion (response)
+Writes  OUTPUT_DIR/{model}_{dataset}/
+        adapter/        the adapter and its tokenizer
+        training.json   rows used, dropped and truncated; the loss
+        checkpoints/    one every --save_steps; an interrupted run goes on from the last
+        manifest.json
+Example python step1_sft.py --model_name gemma2b --dataset hh-rlhf-helpful-gpt4
+        accelerate launch --num_processes 4 step1_sft.py --model_name gemma7b ...   (several GPUs)
 """
 
-import contextlib
 import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 from rewardlib import artifacts
-from rewardlib.cli import console, kinds
+from rewardlib.cli import console, flags, kinds
 from rewardlib.errors import InputError
 from rewardlib.llm import loading, prompts, responses, sampling
 
 IGNORED = -100
-STEP = "step1"
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
+    flags.add_generator_flag(group, "model_name")
+    flags.add_dataset_flag(group)
+    group.add_argument("--data_dir", default=flags.DATA_DIR, help="folder of the data files")
     group.add_argument(
-        "--model_name", default="gemma7b", help="gemma2b, gemma7b, llama38b, a hub id or a folder"
-    )
-    group.add_argument("--dataset", default="hh-rlhf-helpful-gpt4", help="what to fine-tune on")
-    group.add_argument("--data_dir", default="data", help="folder of the data files")
-    group.add_argument(
-        "--max_examples", type=kinds.count_or_all, default="all", help="first rows, or all"
+        "--max_examples",
+        type=kinds.count_or_all,
+        default="all",
+        help="upper limit on the number of rows to fine-tune on, the first ones; or all",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--lora_rank", type=kinds.count, default=32, help="rank of the adapter")
     group.add_argument(
-        "--lora_alpha", type=kinds.count, default=32, help="its scale, times the rank"
+        "--lora_alpha", type=kinds.count, default=32, help="scale of the adapter times its rank"
     )
     group.add_argument(
         "--max_length",
         type=kinds.count,
         default=1024,
-        help="tokens of a row; longer ones lose their end",
+        help="upper limit on the number of tokens of a row; longer rows lose their end",
     )
     group = parser.add_argument_group("optimisation")
     group.add_argument(
-        "--learning_rate", type=kinds.positive, default=5e-5, help="peak of the schedule"
-    )
-    group.add_argument("--epochs", type=kinds.count, default=2, help="passes through the rows")
-    group.add_argument(
-        "--batch_size", type=kinds.count, default=8, help="rows per step and process"
+        "--learning_rate", type=kinds.positive, default=5e-5, help="peak learning rate"
     )
     group.add_argument(
-        "--gradient_accumulation", type=kinds.count, default=1, help="steps per update"
+        "--epochs", type=kinds.count, default=2, help="number of passes through the rows"
     )
     group.add_argument(
-        "--seed", type=kinds.seed, default=6, help="of the adapter's start and the order of rows"
+        "--batch_size", type=kinds.count, default=8, help="number of rows per step and process"
     )
+    group.add_argument(
+        "--gradient_accumulation",
+        type=kinds.count,
+        default=1,
+        help="number of steps per update of the weights",
+    )
+    flags.add_seed_flag(group)
     group = parser.add_argument_group("runtime")
     group.add_argument(
-        "--save_steps", type=kinds.count, default=500, help="updates between checkpoints"
+        "--save_steps", type=kinds.count, default=500, help="number of updates between checkpoints"
     )
+    flags.add_trust_flag(group)
     group.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that the model brings"
+        "--output_dir",
+        default=flags.SFT_DIR,
+        help="folder of the adapters, a folder for each model and data set",
     )
-    group.add_argument(
-        "--output_dir", default="sft_models", help="one folder a model and data set in it"
-    )
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    return make_parser().parse_args(argv)
 
 
 def main(argv=None):
@@ -83,51 +94,57 @@ def main(argv=None):
     folder = artifacts.writable_dir(
         responses.adapter_folder(args.output_dir, args.model_name, args.dataset)
     )
-    changes_nothing = (
-        "debug",
-        "model_name",
-        "data_dir",
-        "output_dir",
-        "save_steps",
-        "max_examples",
-    )
-    settings = {key: value for key, value in vars(args).items() if key not in changes_nothing}
+    no_change = ("debug", "model_name", "data_dir", "output_dir", "save_steps", "max_examples")
+    settings = {key: value for key, value in vars(args).items() if key not in no_change}
+    settings["processes"] = int(os.environ.get("WORLD_SIZE", 1))
     inputs = {
         "model": loading.fingerprint(args.model_name),
         "examples": artifacts.hash_of(examples),
     }
-    work = responses.work_of(
-        {**settings, "processes": int(os.environ.get("WORLD_SIZE", 1))}, inputs
-    )
-    is_first = int(os.environ.get("RANK", 0)) == 0
-    with artifacts.lock(folder) if is_first else contextlib.nullcontext():
-        if artifacts.is_finished(folder, STEP, work):
-            print(f"step1: already done in {folder} (FORCE=1 redoes it)")
+    if int(os.environ.get("RANK", 0)) > 0:  # trains along; the first process prints and writes
+        if not artifacts.is_finished(folder, "step1", artifacts.identity(None, settings, inputs)):
+            tokenizer, rows, _ = load_rows(args, examples)
+            train_adapter(args, tokenizer, rows, folder / "checkpoints")
+        return
+    with (
+        artifacts.lock(folder),
+        artifacts.work(folder, "step1", None, settings, inputs) as work,
+    ):
+        if work is None:
             return
-        started = time.time()
-        tokenizer = loading.load_tokenizer(args.model_name, args.trust_remote_code)
-        rows, counts = encode_rows(tokenizer, examples, args.max_length)
-        if is_first:
-            print(
-                f"step1: {counts['rows']} of {len(examples)} rows of {args.dataset}; dropped {counts['empty']} with an "
-                f"empty completion and {counts['prompt_fills']} whose prompt fills {args.max_length} tokens; "
-                f"{counts['truncated']} truncated, without their end token"
-            )
-        if not rows:
-            raise InputError(
-                f"{args.dataset}: expected rows whose prompt fits --max_length {args.max_length}, found none"
-            )
-        checkpoints = keep_own_checkpoints(folder, work) if is_first else folder / "checkpoints"
-        with loading.memory_of(
-            f"--batch_size (now {args.batch_size}) or --max_length (now {args.max_length})"
-        ):
-            trainer, loss = train(args, tokenizer, rows, checkpoints)
-        if trainer.accelerator.is_main_process:
-            publish(args, folder, trainer, tokenizer, {**counts, "loss": loss}, work, started)
+        tokenizer, rows, counts = load_rows(args, examples)
+        print(
+            f"step1: {counts['rows']} of {len(examples)} rows of {args.dataset}; dropped "
+            f"{counts['empty']} with an empty completion and {counts['prompt_fills']} whose "
+            f"prompt fills {args.max_length} tokens; {counts['truncated']} truncated, without "
+            "their end token"
+        )
+        checkpoints = keep_own_checkpoints(folder, work.identity["hash"])
+        trainer, loss = train_adapter(args, tokenizer, rows, checkpoints)
+        publish(work, trainer, tokenizer, {**counts, "loss": loss})
+    shutil.rmtree(folder / "checkpoints")
+    print(f"step1: loss {loss:.4f}; wrote {folder / 'adapter'}; next: step2_gen_sample.py")
+
+
+def load_rows(args, examples):
+    """(tokenizer, rows to train on, counts); InputError where no row fits."""
+    tokenizer = loading.load_tokenizer(args.model_name, args.trust_remote_code)
+    rows, counts = encode_rows(tokenizer, examples, args.max_length)
+    if not rows:
+        raise InputError(
+            f"{args.dataset}: no row has a prompt that fits --max_length {args.max_length}"
+        )
+    return tokenizer, rows, counts
+
+
+def train_adapter(args, tokenizer, rows, checkpoints):
+    limits = f"--batch_size (now {args.batch_size}) or --max_length (now {args.max_length})"
+    with loading.memory_of(limits):
+        return train(args, tokenizer, rows, checkpoints)
 
 
 def encode_rows(tokenizer, examples, max_length):
-    """([{"input_ids", "labels"}], counts). Labels are IGNORED over the prompt, so that only completion tokens train.
+    """([{"input_ids", "labels"}], counts), with labels IGNORED over the prompt: it trains nothing.
 
     Prompt and completion are tokenised apart: no token straddles the boundary, here or in step 2.
     """
@@ -152,21 +169,18 @@ def encode_rows(tokenizer, examples, max_length):
     return rows, {**counts, "rows": len(rows)}
 
 
-def keep_own_checkpoints(folder, work):
-    """The checkpoint folder, emptied of other work's checkpoints and of those that were not written to their end."""
+def keep_own_checkpoints(folder, work_hash):
+    """The checkpoint folder, without the checkpoints of other work and those written in part."""
     checkpoints = folder / "checkpoints"
     mark = checkpoints / "work.json"
-    if (
-        os.environ.get("FORCE", "0") == "1"
-        or not mark.exists()
-        or json.loads(mark.read_text()) != work["hash"]
-    ):
+    is_own = mark.exists() and json.loads(mark.read_text()) == work_hash
+    if artifacts.is_forced() or not is_own:
         shutil.rmtree(checkpoints, ignore_errors=True)
         checkpoints.mkdir()
-        artifacts.write_json(mark, work["hash"])
+        artifacts.write_json(mark, work_hash)
     for path in checkpoints.glob("checkpoint-*"):
         try:
-            json.loads((path / "trainer_state.json").read_text())  # written last
+            json.loads((path / "trainer_state.json").read_text())  # the trainer writes it last
         except (OSError, ValueError):
             shutil.rmtree(path)
     return checkpoints
@@ -230,19 +244,16 @@ def train(args, tokenizer, rows, checkpoints):
     return trainer, result.training_loss
 
 
-def publish(args, folder, trainer, tokenizer, report, work, started):
-    """Put the adapter in place in one rename, then the manifest entry."""
-    temporary, adapter = folder / ".adapter.tmp", folder / "adapter"
+def publish(work, trainer, tokenizer, report):
+    """Put the adapter in place in one rename."""
+    temporary, adapter = work.folder / ".adapter.tmp", work.folder / "adapter"
     shutil.rmtree(temporary, ignore_errors=True)
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(adapter, ignore_errors=True)
     os.replace(temporary, adapter)
-    artifacts.write_json(folder / "training.json", {**report, "log": trainer.state.log_history})
-    files = sorted(path.relative_to(folder).as_posix() for path in adapter.iterdir())
-    artifacts.record(folder, STEP, work, [*files, "training.json"], started)
-    shutil.rmtree(folder / "checkpoints")
-    print(f"step1: loss {report['loss']:.4f}; wrote {adapter}; next: step2_gen_sample.py")
+    work.outputs += sorted(f"adapter/{path.name}" for path in adapter.iterdir())
+    work.write_json("training.json", {**report, "log": trainer.state.log_history})
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ The prompts are worked on in five parts. The text sampled for a prompt depends o
 and the sampling settings, not on the other prompts. Prompts of more than --max_prompt_tokens are
 dropped by id, counted and listed.
 
-Reads   --eval_dataset: hh-rlhf-{helpful,harmless} (DATA_DIR/NAME made by save_to_disk, or the hub), ultrafeedback,
-        helpsteer (DATA_DIR/NAME_{train,test}.csv with prompt), or a .jsonl / .csv file with prompt (and id), where
-        {data_class} in the name stands for train or test
+Reads   --eval_dataset, one of
+        hh-rlhf-{helpful,harmless}   DATA_DIR/NAME, a folder of save_to_disk, or the hub
+        ultrafeedback, helpsteer     DATA_DIR/NAME_{train,test}.csv with prompt
+        a .jsonl or .csv file        with prompt (and id); {data_class} in its name stands
+                                     for train or test
         SFT_DIR/{model}_{dataset}/adapter of step 1, with --adapter_name sft
-Writes  OUTPUT_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{0-4}/responses.jsonl   id, query, responses in order
-        OUTPUT_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{0-4}/prompts.json      counts and dropped prompts
-Example python step2_gen_sample.py --model_name gemma2b --dataset hh-rlhf-helpful-gpt4 --data_class train --n_samples 10
+Writes  OUTPUT_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{0-4}/
+        responses.jsonl   id, query, responses in order
+        prompts.json      counts and dropped prompts
+Example python step2_gen_sample.py --model_name gemma2b --dataset hh-rlhf-helpful-gpt4
 """
 
 import hashlib
@@ -20,94 +23,86 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rewardlib import artifacts, seeds
-from rewardlib.cli import console, kinds
+from rewardlib.cli import console, flags, kinds
 from rewardlib.errors import InputError
 from rewardlib.llm import loading, prompts, responses, sampling
 
-STEP = "step2"
+SAMPLING = ("n_samples", "max_len", "temperature", "top_p", "seed")
 N_SAMPLES = {"train": 10, "test": 500}
 SEED_SPACING = 1 << 16
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
+    flags.add_generator_flag(group, "model_name")
+    flags.add_prompt_flags(group)
+    flags.add_data_class_flag(group)
+    flags.add_part_flag(group)
+    flags.add_max_prompts_flag(group)
     group.add_argument(
-        "--model_name", default="gemma7b", help="gemma2b, gemma7b, llama38b, a hub id or a folder"
+        "--max_prompt_tokens",
+        type=kinds.count,
+        default=450,
+        help="upper limit on the number of tokens of a prompt; longer prompts are dropped",
     )
-    group.add_argument(
-        "--adapter_name", default="sft", help="sft: step 1's on --dataset; none; or a folder"
-    )
-    group.add_argument(
-        "--dataset", default="hh-rlhf-helpful-gpt4", help="what the model was fine-tuned on"
-    )
-    group.add_argument(
-        "--eval_dataset", help="where the prompts come from; None: as --dataset, without -gpt4"
-    )
-    group.add_argument(
-        "--data_class", choices=("train", "test"), default="train", help="which prompts"
-    )
-    group.add_argument(
-        "--split",
-        choices=("0", "1", "2", "3", "4", "all"),
-        default="all",
-        help="part of the prompts",
-    )
-    group.add_argument(
-        "--max_prompts",
-        type=kinds.count_or_all,
-        default="all",
-        help="first prompts that fit, or all",
-    )
-    group.add_argument(
-        "--max_prompt_tokens", type=kinds.count, default=450, help="longer prompts are dropped"
-    )
-    group.add_argument("--data_dir", default="data", help="folder of the prompt files")
-    group.add_argument("--sft_dir", default="sft_models", help="OUTPUT_DIR of step 1")
+    group.add_argument("--data_dir", default=flags.DATA_DIR, help="folder of the prompt files")
+    group.add_argument("--sft_dir", default=flags.SFT_DIR, help="folder of step 1's adapters")
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--n_samples",
         type=kinds.count,
-        help="responses per prompt, K; None: 10 for train, 500 for test",
-    )
-    group.add_argument("--max_len", type=kinds.count, default=128, help="most tokens of a response")
-    group.add_argument(
-        "--temperature", type=kinds.finite, default=1.0, help="0: the likeliest token each time"
+        help="number of responses per prompt, K; None: 10 for train, 500 for test",
     )
     group.add_argument(
-        "--top_p", type=kinds.positive, default=0.95, help="share of the probability to sample from"
+        "--max_len",
+        type=kinds.count,
+        default=128,
+        help="upper limit on the number of tokens of a response",
     )
-    group.add_argument("--seed", type=kinds.seed, default=6, help="of every prompt's own stream")
+    group.add_argument(
+        "--temperature",
+        type=kinds.non_negative,
+        default=1.0,
+        help="sampling temperature; 0: the likeliest token each time",
+    )
+    group.add_argument(
+        "--top_p",
+        type=kinds.probability,
+        default=0.95,
+        help="probability mass of the tokens to sample from",
+    )
+    flags.add_seed_flag(group)
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--backend",
         choices=("auto", "vllm", "transformers"),
         default="auto",
-        help="auto: vllm on a GPU",
+        help="library that samples; auto: vllm on a GPU",
+    )
+    flags.add_language_model_flags(group)
+    group.add_argument(
+        "--tensor_parallel",
+        type=kinds.count,
+        default=1,
+        help="number of GPUs that share the model (vllm)",
     )
     group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="bfloat16 on a GPU",
+        "--gpu_memory_utilization",
+        type=kinds.probability,
+        default=0.9,
+        help="share of the GPU memory to use (vllm)",
     )
     group.add_argument(
-        "--tensor_parallel", type=kinds.count, default=1, help="GPUs that share the model (vllm)"
+        "--output_dir", default=flags.GEN_DIR, help="folder of the generated responses"
     )
-    group.add_argument(
-        "--gpu_memory_utilization", type=kinds.positive, default=0.9, help="share for vllm"
-    )
-    group.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that the model brings"
-    )
-    group.add_argument("--output_dir", default="gen_data", help="GEN_DIR of the next steps")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    args = make_parser().parse_args(argv)
     args.eval_dataset = args.eval_dataset or prompts.default_prompts(args.dataset)
     args.n_samples = args.n_samples or N_SAMPLES[args.data_class]
-    if args.temperature < 0 or args.top_p > 1:
-        raise InputError(
-            f"expected --temperature of at least 0 and --top_p of at most 1, found {args.temperature} and {args.top_p}"
-        )
     if args.temperature == 0 and args.n_samples > 1:
         raise InputError(
             f"temperature 0 gives one response: expected --n_samples 1, found {args.n_samples}"
@@ -122,52 +117,52 @@ def main(argv=None):
     tokenizer = loading.load_tokenizer(args.model_name, args.trust_remote_code)
     rows, about = choose_prompts(args, tokenizer)
     print(
-        f"step2: {about['n_kept']} of {about['n_read']} {args.data_class} prompts of {args.eval_dataset}; dropped "
-        f"{len(about['dropped'])} of more than {args.max_prompt_tokens} tokens"
+        f"step2: {about['n_kept']} of {about['n_read']} {args.data_class} prompts of "
+        f"{args.eval_dataset}; dropped {len(about['dropped'])} of more than "
+        f"{args.max_prompt_tokens} tokens"
     )
-    names = ("n_samples", "max_len", "temperature", "top_p", "seed")
-    settings = {**{key: getattr(args, key) for key in names}, "backend": backend}
+    settings = {key: getattr(args, key) for key in SAMPLING} | {"backend": backend}
     settings["dtype"] = str(loading.torch_dtype(args.dtype))
-    inputs = {"model": loading.fingerprint(args.model_name)}
-    inputs["adapter"] = loading.fingerprint(adapter) if adapter else None
+    inputs = {
+        "model": loading.fingerprint(args.model_name),
+        "adapter": loading.fingerprint(adapter) if adapter else None,
+    }
     folder = responses.run_folder(
         args.output_dir, args.eval_dataset, args.model_name, args.adapter_name, args.dataset
     )
-    sample_all = None
+    sampler = None
     for part in responses.parts_named(args.split):
         part_dir = artifacts.writable_dir(responses.part_folder(folder, args.data_class, part))
-        chosen = responses.part_of(rows, part)
-        texts = [[row["id"], row["query"]] for row in chosen]
-        work = responses.work_of(settings, {**inputs, "prompts": artifacts.hash_of([texts, about])})
-        with artifacts.lock(part_dir):
-            if artifacts.is_finished(part_dir, STEP, work):
-                print(f"step2: already done in {part_dir} (FORCE=1 redoes it)")
+        part_rows = responses.part_of(rows, part)
+        texts = [[row["id"], row["query"]] for row in part_rows]
+        digest = artifacts.hash_of([texts, about])
+        with (
+            artifacts.lock(part_dir),
+            artifacts.work(
+                part_dir, "step2", None, settings, {**inputs, "prompts": digest}
+            ) as work,
+        ):
+            if work is None:
                 continue
-            for change in artifacts.describe_change(part_dir, STEP, work):
-                print(f"step2: replacing earlier responses: {change}")
-            started = time.time()
             with loading.memory_of("--gpu_memory_utilization, --n_samples or --max_prompt_tokens"):
-                sample_all = sample_all or open_backend(args, backend, tokenizer, adapter)
-                made = sample_part(args, sample_all, chosen)
-            artifacts.write_jsonl(
-                part_dir / "responses.jsonl",
-                (
-                    {
-                        "id": row["id"],
-                        "query": row["query"],
-                        "responses": [sampling.decode(tokenizer, row["ids"], one) for one in new],
-                    }
-                    for row, new in zip(chosen, made, strict=True)
-                ),
-            )
-            artifacts.write_json(part_dir / "prompts.json", about)
-            artifacts.record(part_dir, STEP, work, ["responses.jsonl", "prompts.json"], started)
-            tokens = sum(len(one) for new in made for one in new)
+                sampler = sampler or open_backend(args, backend, tokenizer, adapter)
+                tokens = sample_part(args, sampler, part_rows)
+            work.write_jsonl("responses.jsonl", decoded(tokenizer, part_rows, tokens))
+            work.write_json("prompts.json", about)
+            n_tokens = sum(len(response) for prompt in tokens for response in prompt)
+            rate = n_tokens / max(1e-9, time.time() - work.started)
             print(
-                f"step2: part {part}: {len(chosen)} prompts x {args.n_samples} responses in {part_dir} "
-                f"({tokens / max(1e-9, time.time() - started):.0f} tokens/s)"
+                f"step2: part {part}: {len(part_rows)} prompts x {args.n_samples} responses in "
+                f"{part_dir} ({rate:.0f} tokens/s)"
             )
     print("step2: done; next: step3_reward_annotation.py")
+
+
+def decoded(tokenizer, rows, tokens):
+    """{"id", "query", "responses"} of every prompt, from the token ids of its responses."""
+    for row, prompt_tokens in zip(rows, tokens, strict=True):
+        texts = [sampling.decode(tokenizer, row["ids"], ids) for ids in prompt_tokens]
+        yield {"id": row["id"], "query": row["query"], "responses": texts}
 
 
 def choose_backend(name):
@@ -177,7 +172,7 @@ def choose_backend(name):
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise InputError(
-            "backend vllm: expected the package vllm, found none; install it or --backend transformers"
+            "backend vllm: the package vllm is missing; install it or use --backend transformers"
         )
     if name != "auto":
         return name
@@ -190,12 +185,12 @@ def find_adapter(args):
     if args.adapter_name != "sft":
         if not (Path(args.adapter_name) / "adapter_config.json").is_file():
             raise InputError(
-                f"adapter_name {args.adapter_name}: expected sft, none or a folder with a LoRA adapter"
+                f"adapter_name {args.adapter_name}: expected sft, none or a folder of a LoRA adapter"
             )
         return Path(args.adapter_name)
     folder = responses.adapter_folder(args.sft_dir, args.model_name, args.dataset)
-    told = artifacts.read_manifest(folder).get("step1", {"outputs": {}})
-    responses.finished(folder, "step1", told["outputs"], "step1_sft.py")
+    entry = artifacts.read_manifest(folder).get("step1", {"outputs": {}})
+    responses.finished(folder, "step1", entry["outputs"], "step1_sft.py")
     return folder / "adapter"
 
 
@@ -213,14 +208,14 @@ def choose_prompts(args, tokenizer):
             rows.append({**row, "ids": ids})
     if not rows:
         raise InputError(
-            f"{args.eval_dataset}: expected prompts of at most {args.max_prompt_tokens} tokens, found none among {read}"
+            f"{args.eval_dataset}: none of {read} prompts has at most {args.max_prompt_tokens} tokens"
         )
     about = {"source": args.eval_dataset, "n_read": read, "n_kept": len(rows), "dropped": dropped}
     return rows, {**about, "max_prompt_tokens": args.max_prompt_tokens}
 
 
 def prompt_seed(seed, prompt_id):
-    """A prompt's own seed; those of two prompts are far enough apart for vLLM, whose j-th response takes seed + j."""
+    """The seed of a prompt. vLLM gives seed + j to response j, so the seeds of prompts lie apart."""
     number = int(hashlib.sha256(prompt_id.encode()).hexdigest()[:16], 16)
     return seeds.torch_seed(seed, "sample", number) // SEED_SPACING * SEED_SPACING
 
@@ -244,8 +239,12 @@ def open_backend(args, backend, tokenizer, adapter):
     )
 
     def sample_all(ids, prompt_seeds, *settings):
-        pairs = tqdm(list(zip(ids, prompt_seeds, strict=True)), desc="prompts", disable=None)
-        return [sampling.sample(model, tokenizer, one, seed, *settings) for one, seed in pairs]
+        prompts_and_seeds = list(zip(ids, prompt_seeds, strict=True))
+        bar = tqdm(prompts_and_seeds, desc="prompts", disable=None)
+        return [
+            sampling.sample(model, tokenizer, prompt_ids, seed, *settings)
+            for prompt_ids, seed in bar
+        ]
 
     return sample_all
 

@@ -4,57 +4,40 @@ A response is cut at the next turn of the human; that text is scored here, kept 
 embedded by step 4.
 
 Reads   GEN_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{p}/responses.jsonl
-Writes  GEN_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{p}/rewards_{rm}.jsonl   id, K rewards, digests of K texts
-Example python step3_reward_annotation.py --task helpful --gen_pref_model_name gemma2b --data_class train
+Writes  GEN_DIR/{prompts}_{model}_{adapter}/{train,test}-part_{p}/rewards_{rm}.jsonl
+        id, K rewards, digests of the K texts that were scored
+Example python step3_reward_annotation.py --task helpful --gen_pref_model_name gemma2b
 """
 
-import time
 from pathlib import Path
 
 from rewardlib import artifacts
-from rewardlib.cli import console, flags, kinds
+from rewardlib.cli import console, flags
 from rewardlib.errors import InputError
 from rewardlib.llm import encoding, loading, prompts, responses
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
     flags.add_generated_flags(group)
-    group.add_argument(
-        "--data_class", choices=("train", "test"), default="train", help="which prompts"
-    )
-    group.add_argument(
-        "--split",
-        choices=("0", "1", "2", "3", "4", "all"),
-        default="all",
-        help="part of the prompts",
-    )
+    flags.add_data_class_flag(group)
+    flags.add_part_flag(group)
     group = parser.add_argument_group("golden reward model")
     group.add_argument(
         "--text_format",
         choices=("auto", "chat", "plain"),
         default="auto",
-        help="how the reward model reads a dialogue; auto: by its chat template, where it has one",
+        help="form in which the reward model reads a dialogue; auto: its chat template, if any",
     )
-    group.add_argument(
-        "--max_length", type=kinds.count, default=1024, help="most tokens of prompt and response"
-    )
+    flags.add_batch_flags(group)
     group = parser.add_argument_group("runtime")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="bfloat16 on a GPU",
-    )
-    group.add_argument(
-        "--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, with padding"
-    )
-    group.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that the model brings"
-    )
-    group.add_argument("--gen_dir", default="gen_data", help="OUTPUT_DIR of step 2")
-    return flags.name_sources(parser.parse_args(argv))
+    flags.add_language_model_flags(group)
+    return parser
+
+
+def parse_args(argv=None):
+    return flags.name_sources(make_parser().parse_args(argv))
 
 
 def main(argv=None):
@@ -68,17 +51,18 @@ def main(argv=None):
         "max_length": args.max_length,
         "dtype": str(loading.torch_dtype(args.dtype)),
     }
-    inputs = {"reward_model": loading.fingerprint(args.reward_model)}
+    reward_model = loading.fingerprint(args.reward_model)
     model = tokenizer = None
     for part in responses.parts_named(args.split):
         part_dir = responses.part_folder(folder, args.data_class, part)
-        rows, k, digest = responses.read_responses(part_dir)
-        work = responses.work_of(settings, {**inputs, "responses": digest})
-        with artifacts.lock(part_dir):
-            if artifacts.is_finished(part_dir, f"step3 {name}", work):
-                print(f"step3: already done in {part_dir} (FORCE=1 redoes it)")
+        rows, n_responses, digest = responses.read_responses(part_dir)
+        inputs = {"reward_model": reward_model, "responses": digest}
+        with (
+            artifacts.lock(part_dir),
+            artifacts.work(part_dir, f"step3 {name}", None, settings, inputs) as work,
+        ):
+            if work is None:
                 continue
-            started = time.time()
             if model is None:
                 tokenizer = loading.load_tokenizer(args.reward_model, args.trust_remote_code)
                 model = loading.load_model(
@@ -86,23 +70,23 @@ def main(argv=None):
                 )
             with loading.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
                 rewards = score_rows(args, model, tokenizer, rows, part_dir, f"part {part}")
-            made = [
-                {
-                    "id": row["id"],
-                    "rewards": rewards[n * k : (n + 1) * k],
-                    "texts": [
-                        responses.text_digest(row["query"], text) for text in row["responses"]
-                    ],
-                }
-                for n, row in enumerate(rows)
-            ]
-            artifacts.write_jsonl(part_dir / f"rewards_{name}.jsonl", made)
-            artifacts.record(part_dir, f"step3 {name}", work, [f"rewards_{name}.jsonl"], started)
+            work.write_jsonl(f"rewards_{name}.jsonl", reward_rows(rows, rewards, n_responses))
             mean = sum(rewards) / max(1, len(rewards))
             print(
-                f"step3: part {part}: {len(rewards)} responses scored, mean {mean:.4f}, in {part_dir}"
+                f"step3: part {part}: {len(rewards)} responses scored, mean {mean:.4f}, "
+                f"in {part_dir}"
             )
     print("step3: done; next: step3.5_processing_data.py")
+
+
+def reward_rows(rows, rewards, n_responses):
+    """{"id", "rewards", "texts"} of every prompt; texts: digests of what was scored."""
+    for n, row in enumerate(rows):
+        yield {
+            "id": row["id"],
+            "rewards": rewards[n * n_responses : (n + 1) * n_responses],
+            "texts": [responses.text_digest(row["query"], text) for text in row["responses"]],
+        }
 
 
 def score_rows(args, model, tokenizer, rows, part_dir, desc):
@@ -131,7 +115,8 @@ def score_rows(args, model, tokenizer, rows, part_dir, desc):
     bad = sum(reward != reward or abs(reward) == float("inf") for reward in rewards)
     if bad:
         raise InputError(
-            f"{args.reward_model}: expected finite rewards, found {bad} that are not; use --dtype float32"
+            f"{args.reward_model}: expected finite rewards, found {bad} that are not; "
+            "use --dtype float32"
         )
     return rewards
 

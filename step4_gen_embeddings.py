@@ -1,13 +1,13 @@
-"""Step 4: embed prompt + response, one file of last-token hidden states per response number, as steps 5 to 8 read them.
+"""Step 4: embed prompt and response, one file per response number, as steps 5 to 8 read them.
 
-Texts are batched by a token budget, longest first, and put back in order. The work is done file by file in
---output_dir/.embedding (each finished file is kept when a run ends early) and moved into place when all of it is there.
-Several GPUs: one process each with its own --split; the one that ends last moves the files.
+The embedding of a text is the last hidden state of its last token (or the mean over its tokens).
+Texts are batched by a token budget, longest first, and put back in order. Files are made one by one
+in --output_dir/.embedding, where finished files survive a run that ends early, and move into place
+together. Several GPUs: one process each with its own --split; the last to end moves the files.
 
 Reads   GEN_DIR/{prompts}_{model}_{adapter}/records_{rm}_{train,test}.jsonl of step 3.5
-Writes  --output_dir/EMBD-{TRAIN,TEST}-split_{k}.npy, rewards_{,test_}split_{k}.json, manifest.json
-        --published_dir/EMBD_{dataset}_{embed}_{gen}_{split}.npy (K, N, D) and REWARD_*.npy (K, N), where it is given
-Example python step4_gen_embeddings.py --embed_model_name gemma2b --gen_pref_model_name gemma2b --output_dir data
+Writes  OUTPUT_DIR/EMBD-{TRAIN,TEST}-split_{k}.npy, rewards_{,test_}split_{k}.json, manifest.json
+Example python step4_gen_embeddings.py --embed_model_name gemma2b --gen_pref_model_name gemma2b
 """
 
 import itertools
@@ -23,55 +23,53 @@ from rewardlib.errors import InputError
 from rewardlib.llm import encoding, loading, responses, sampling, staging
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
     flags.add_generated_flags(group)
     group.add_argument(
-        "--train_test", choices=("train", "test", "both"), default="both", help="which prompts"
+        "--train_test",
+        choices=("train", "test", "both"),
+        default="both",
+        help="prompts whose responses are embedded",
     )
     group.add_argument(
-        "--n_samples", type=kinds.count, help="first responses of each train prompt; None: all"
+        "--n_samples",
+        type=kinds.count,
+        help="number of responses to embed per train prompt, the first ones; None: all",
     )
     group.add_argument(
-        "--n_test_samples", type=kinds.count, help="first responses of each test prompt; None: all"
+        "--n_test_samples",
+        type=kinds.count,
+        help="number of responses to embed per test prompt, the first ones; None: all",
     )
-    group.add_argument(
-        "--split", choices=("0", "1", "2", "3", "4", "all"), default="all", help="k = split mod 5"
-    )
+    flags.add_part_flag(group)
     group = parser.add_argument_group("embedding")
+    flags.add_embedder_flag(group)
     group.add_argument(
-        "--embed_model_name",
-        default="gemma2b",
-        help="gemma2b, gemma7b, llama38b, a hub id or a folder",
+        "--pooling",
+        choices=("last", "mean"),
+        default="last",
+        help="embedding of a text: last hidden state of its last token, or mean over its tokens",
     )
-    group.add_argument(
-        "--max_length", type=kinds.count, default=1024, help="most tokens of prompt and response"
-    )
-    group.add_argument(
-        "--pooling", choices=("last", "mean"), default="last", help="of the last hidden states"
-    )
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="bfloat16 on a GPU",
-    )
+    flags.add_batch_flags(group)
     group = parser.add_argument_group("runtime")
-    group.add_argument(
-        "--batch_tokens", type=kinds.count, default=16384, help="tokens per batch, with padding"
-    )
-    group.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that the model brings"
-    )
-    group.add_argument("--gen_dir", default="gen_data", help="OUTPUT_DIR of step 2")
+    flags.add_language_model_flags(group)
     group = parser.add_argument_group("outputs")
-    group.add_argument("--output_dir", default="data", help="DATA_DIR of the other steps")
     group.add_argument(
-        "--storage_dtype", choices=("float32", "float16"), default="float32", help="of the files"
+        "--output_dir", default=flags.DATA_DIR, help="folder of the embeddings, DATA_DIR"
     )
-    group.add_argument("--published_dir", help="also write (K, N, D) files there; None: no")
-    return flags.name_sources(parser.parse_args(argv))
+    group.add_argument(
+        "--storage_dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="type of the embeddings in the files",
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    return flags.name_sources(make_parser().parse_args(argv))
 
 
 def main(argv=None):
@@ -82,49 +80,49 @@ def main(argv=None):
     )
     rm = responses.label(args.reward_model)
     splits = ("train", "test") if args.train_test == "both" else (args.train_test,)
-    wanted = {"train": args.n_samples, "test": args.n_test_samples}
-    records = {split: responses.Records(folder, rm, split, wanted[split]) for split in splits}
+    limits = {"train": args.n_samples, "test": args.n_test_samples}
+    records = {split: responses.Records(folder, rm, split, limits[split]) for split in splits}
     report_overlap(records)
     settings = {
         "pooling": args.pooling,
         "max_length": args.max_length,
         "storage_dtype": args.storage_dtype,
+        "dtype": str(loading.torch_dtype(args.dtype)),
     }
-    settings["dtype"] = str(loading.torch_dtype(args.dtype))
-    embedder = responses.work_of(settings, {"model": loading.fingerprint(args.embed_model_name)})
+    inputs = {"model": loading.fingerprint(args.embed_model_name)}
+    embedder = artifacts.identity(None, settings, inputs)
     plan = staging.plan_of(records, embedder)
     if staging.is_done(output_dir, plan):
         print(f"step4: already done in {output_dir} (FORCE=1 redoes it)")
     else:
         staging.check_room(output_dir)
         make_files(args, output_dir, records, plan)
-        with artifacts.lock(output_dir):
-            if not staging.is_done(output_dir, plan):
-                missing = staging.missing(output_dir, plan)
-                if missing:
-                    print(
-                        f"step4: {len(missing)} files of other --split values are missing: {', '.join(missing[:4])}"
-                    )
-                    return
-                told = {key: value for key, value in vars(args).items() if key != "debug"}
-                staging.publish(output_dir, plan, embedder, told)
+        if not publish(args, output_dir, plan, embedder):
+            return
     for split in splits:
-        loaded = embeddings.load(output_dir, split)
-        n, k, d = loaded.shape
+        n, k, d = embeddings.load(output_dir, split).shape
         print(f"step4: {split}: {n} prompts x {k} responses x {d} dimensions in {output_dir}")
-        if args.published_dir:
-            names = [
-                responses.label(name) for name in (args.embed_model_name, args.gen_pref_model_name)
-            ]
-            stem = f"{responses.label(args.dataset)}_{{}}_{names[1]}_{split}.npy"
-            write_published(
-                Path(args.published_dir), stem.format(names[0]), stem.format(rm), loaded
-            )
     print("step4: done; next: step5_train_rms.py")
 
 
+def publish(args, output_dir, plan, embedder):
+    """Move all files into place; False where those of other --split values are missing."""
+    with artifacts.lock(output_dir):
+        if not staging.is_done(output_dir, plan):
+            missing = staging.missing(output_dir, plan)
+            if missing:
+                print(
+                    f"step4: {len(missing)} files of other --split values are missing: "
+                    f"{', '.join(missing[:4])}"
+                )
+                return False
+            arguments = {key: value for key, value in vars(args).items() if key != "debug"}
+            staging.publish(output_dir, plan, embedder, arguments)
+    return True
+
+
 def report_overlap(records):
-    """Say how many test prompts are train prompts too: the test set is then no fresh one."""
+    """Print how many test prompts are train prompts too: the test set is then no fresh one."""
     if len(records) == 2:
         texts = {
             split: {record["query"] for record in part.of(0)} for split, part in records.items()
@@ -132,7 +130,8 @@ def report_overlap(records):
         both = len(texts["train"] & texts["test"])
         if both:
             print(
-                f"step4: {both} of {len(texts['test'])} test prompts are among the train prompts as well"
+                f"step4: {both} of {len(texts['test'])} test prompts are among the train prompts "
+                "as well"
             )
 
 
@@ -144,7 +143,7 @@ def make_files(args, output_dir, records, plan):
         folder = artifacts.writable_dir(staging.part_folder(output_dir, split, part))
         with artifacts.lock(folder):
             for k in range(part, source.K, responses.PARTS):
-                if staging.staged(output_dir, plan, split, k) and not staging.is_forced():
+                if staging.staged(output_dir, plan, split, k) and not artifacts.is_forced():
                     continue
                 if model is None:
                     tokenizer = loading.load_tokenizer(
@@ -181,27 +180,12 @@ def embed_rows(args, model, tokenizer, rows, desc):
     bad = ~np.isfinite(array).all(axis=1)
     if bad.any():
         raise InputError(
-            f"{desc}: expected finite embeddings, found {bad.sum()} rows that are not, the first of prompt "
-            f"{rows[int(bad.argmax())]['id']}; use --dtype float32 or --storage_dtype float32"
+            f"{desc}: expected finite embeddings, found {bad.sum()} rows that are not, the first of "
+            f"prompt {rows[int(bad.argmax())]['id']}; use --dtype float32 or --storage_dtype float32"
         )
     rate = sum(map(len, ids)) / (time.time() - started)
     print(f"step4: {desc}: {array.shape[0]} x {array.shape[1]}, {rate:.0f} tokens/s", flush=True)
     return array
-
-
-def write_published(folder, embedding_name, reward_name, loaded):
-    """The published format 1: EMBD (K, N, D) and REWARD (K, N)."""
-    artifacts.writable_dir(folder)
-    n, k, d = loaded.shape
-    dtype = loaded.embeddings[0].dtype
-    with artifacts.atomic(folder / f"EMBD_{embedding_name}") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": dtype.str, "fortran_order": False, "shape": (k, n, d)}
-        )
-        for array in loaded.embeddings:
-            file.write(np.ascontiguousarray(array).data)
-    artifacts.write_npy(folder / f"REWARD_{reward_name}", loaded.rewards.T.astype(np.float32))
-    print(f"step4: wrote {folder / f'EMBD_{embedding_name}'} and REWARD_{reward_name}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Files that a run leaves behind: atomic writes, digests, the manifest, the lock.
 
-A step computes its *identity* (a hash of its arguments, the digests of its inputs and the digest of
-the code), asks `is_finished`, works, publishes its outputs by renaming, and calls `record` last.
-Killed anywhere before that, it leaves the earlier entry or none, and the same command does the work
-again.
+A step has an *identity*: its arguments, the digests of its inputs and of its source files. Inside
+`work` it computes, and publishes its outputs by renaming them into place; its manifest entry comes
+last. Killed anywhere before that, a step leaves the earlier entry or none, and the same command
+does the work again.
 """
 
 import ast
@@ -17,11 +17,15 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
+import rewardlib
 from rewardlib.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +49,8 @@ LOCK_ENV = "REWARDLIB_LOCKED_DIR"
 
 
 @contextmanager
-def atomic(path, mode="wb"):
-    """Open a temporary sibling of `path` for writing; rename it onto `path` when the block ends without an error."""
+def atomic(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Write to a temporary sibling of `path`, renamed onto `path` when the block succeeds."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -60,20 +64,20 @@ def atomic(path, mode="wb"):
         raise
 
 
-def write_json(path, content):
-    """Write `content` as strict JSON. A float that is not finite is a defect upstream and raises ValueError."""
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as strict JSON; ValueError for a float that is not finite."""
     text = json.dumps(content, indent=1, allow_nan=False, default=_plain)
     with atomic(path) as file:
         file.write((text + "\n").encode())
 
 
-def write_jsonl(path, rows):
+def write_jsonl(path: Path, rows: Iterable) -> None:
     with atomic(path) as file:
         for row in rows:
             file.write((json.dumps(row, allow_nan=False, default=_plain) + "\n").encode())
 
 
-def write_npy(path, array):
+def write_npy(path: Path, array: np.ndarray) -> None:
     with atomic(path) as file:
         np.save(file, array, allow_pickle=False)
 
@@ -88,8 +92,8 @@ def _plain(value):
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def read_json(path, made_by):
-    """The content of a JSON file; InputError naming `made_by` (the step that writes it) when it is absent or broken."""
+def read_json(path: Path, made_by: str) -> Any:
+    """Content of a JSON file that `made_by` writes; InputError where it is absent or broken."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -98,13 +102,13 @@ def read_json(path, made_by):
         raise InputError(f"{path} is not readable JSON ({error}); run {made_by} again") from None
 
 
-def null_if_nan(value):
+def null_if_nan(value: float | None) -> float | None:
     """`value` as a float for JSON: None stands for an undefined number."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def writable_dir(path):
-    """Create the folder `path` if need be and make sure that files can be written to it."""
+def writable_dir(path: Path | str) -> Path:
+    """The folder `path`, made where it is missing; InputError unless files can be written to it."""
     path = Path(path)
     probe = path / ".write_probe"
     try:
@@ -121,7 +125,8 @@ def writable_dir(path):
 # ------------------------------------------------------------------------------------------ digests
 
 
-def sha256(path):
+def sha256(path: Path) -> str:
+    """Digest of a file; InputError where there is none."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -132,18 +137,18 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def describe_file(path):
+def describe_file(path: Path) -> dict:
     """{"bytes", "sha256"} of a file, as manifests hold them."""
     return {"bytes": Path(path).stat().st_size, "sha256": sha256(path)}
 
 
-def hash_of(content):
-    """Hash of a JSON-able value; equal values (1e-3 and 0.001) give equal hashes."""
+def hash_of(content: Any) -> str:
+    """Hash of a value that has a JSON form; equal values (1e-3 and 0.001) give equal hashes."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-def source_digests(script):
-    """{file: sha256} of the script and of every file of this project that it imports, directly or through others.
+def source_digests(script: str) -> dict[str, str]:
+    """{file: sha256} of a script and of all files of this project that its imports reach.
 
     Imports are read from the syntax trees, those inside functions included. The command line
     (rewardlib/cli) is left out: what it does to a result stands in the arguments.
@@ -160,7 +165,7 @@ def source_digests(script):
 
 @functools.cache
 def _imported_files(path, digest, root):
-    """Files below `root` that the Python file `path`, whose content has this digest, imports by absolute names."""
+    """Files below `root` that a Python file imports; its digest is part of the cache key."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
@@ -183,56 +188,118 @@ def _imported_files(path, digest, root):
 # ----------------------------------------------------------------------------------------- manifest
 
 
-def identity(script, arguments, inputs):
-    """Identity of one piece of work: {"arguments", "inputs" {name: digest}, "code" {file: digest}, "hash" of them}."""
-    content = {"arguments": arguments, "inputs": inputs, "code": source_digests(script)}
+@dataclass
+class Work:
+    """One piece of work under way: its identity, and the files it has written to `folder` so far."""
+
+    folder: Path
+    name: str
+    identity: dict
+    started: float
+    outputs: list[str] = field(default_factory=list)
+    notes: dict = field(default_factory=dict)  # more keys of the manifest entry
+
+    def write_json(self, name: str, content: Any) -> None:
+        write_json(self.folder / name, content)
+        self.outputs.append(name)
+
+    def write_jsonl(self, name: str, rows: Iterable) -> None:
+        write_jsonl(self.folder / name, rows)
+        self.outputs.append(name)
+
+    def write_npy(self, name: str, array: np.ndarray) -> None:
+        write_npy(self.folder / name, array)
+        self.outputs.append(name)
+
+
+@contextmanager
+def work(
+    folder: Path, name: str, script: str | None, arguments: dict, inputs: dict
+) -> Iterator[Work | None]:
+    """The frame of a step: skip what is finished, say what changed, record when the block ends.
+
+    Yields None where the manifest of `folder` holds this very work, with its outputs unchanged.
+    Otherwise yields a Work, and writes its manifest entry when the block ends without an error.
+    `script`, `arguments` and `inputs` make the identity; see `identity`.
+    """
+    step = name.split()[0]
+    this = identity(script, arguments, inputs)
+    if is_finished(folder, name, this):
+        print(f"{step}: already done in {folder} (FORCE=1 redoes it)")
+        yield None
+        return
+    for change in describe_change(folder, name, this):
+        print(f"{step}: replacing earlier results: {change}")
+    current = Work(Path(folder), name, this, time.time())
+    yield current
+    record(folder, name, this | current.notes, current.outputs, current.started)
+
+
+def identity(script: str | None, arguments: dict, inputs: dict) -> dict:
+    """Identity of one piece of work, as manifests hold it.
+
+    {"arguments", "inputs" {name: digest}, "code" {source file: digest}, "hash" of the three}.
+    script: the file whose imports are the code. None: the code is the version of this package,
+    for work of GPU hours, which an edited source file is no reason to repeat.
+    """
+    code = rewardlib.__version__ if script is None else source_digests(script)
+    content = {"arguments": arguments, "inputs": inputs, "code": code}
     return {**json.loads(json.dumps(content, default=_plain)), "hash": hash_of(content)}
 
 
-def read_manifest(folder):
+def read_manifest(folder: Path) -> dict:
     path = Path(folder) / MANIFEST
     return read_json(path, "the steps of run_all.sh") if path.exists() else {}
 
 
-def is_finished(folder, name, work):
-    """True when the manifest of `folder` holds `work` under `name` and every output is still as it was written."""
+def is_forced() -> bool:
+    """Whether FORCE=1 asks to repeat finished work; InputError for other values than 0 and 1."""
+    value = os.environ.get("FORCE") or "0"
+    if value not in ("0", "1"):
+        raise InputError(f"FORCE: expected one of 0 1, found {value!r}")
+    return value == "1"
+
+
+def is_finished(folder: Path, name: str, this: dict) -> bool:
+    """Whether `folder` holds the work `name` of identity `this` with unchanged outputs."""
     entry = read_manifest(folder).get(name)
-    if os.environ.get("FORCE", "0") == "1" or not entry or entry["hash"] != work["hash"]:
+    if is_forced() or not entry or entry["hash"] != this["hash"]:
         return False
-    outputs = ((Path(folder) / file, told) for file, told in entry["outputs"].items())
-    return all(path.is_file() and describe_file(path) == told for path, told in outputs)
+    outputs = ((Path(folder) / file, digests) for file, digests in entry["outputs"].items())
+    return all(path.is_file() and describe_file(path) == digests for path, digests in outputs)
 
 
-def describe_change(folder, name, work):
-    """What differs between `work` and the recorded work `name`: arguments, input files, source files; one line each."""
+def describe_change(folder: Path, name: str, this: dict) -> list[str]:
+    """How the identity `this` differs from the recorded one: arguments, input and source files."""
     entry = read_manifest(folder).get(name)
     if not entry:
         return []
-    old, new = entry["arguments"], work["arguments"]
+    old, new = entry["arguments"], this["arguments"]
+    names = [*new, *(key for key in old if key not in new)]
     changes = [
-        f"{key} {old.get(key)} -> {new.get(key)}" for key in new if old.get(key) != new.get(key)
+        f"{key} {old.get(key)} -> {new.get(key)}" for key in names if old.get(key) != new.get(key)
     ]
     for kind in ("inputs", "code"):
-        changes += [f"{file} changed" for file in _differing(entry[kind], work[kind])]
+        changes += [f"{file} changed" for file in _differing(entry[kind], this[kind])]
     return changes
 
 
 def _differing(old, new):
     """Names whose digests differ between two {name: digest}, or that one of them lacks."""
-    if not isinstance(old, dict):  # manifests of version 0.1 hold one digest of all source files
-        return ["the source code"] if old != new else []
+    if not (isinstance(old, dict) and isinstance(new, dict)):  # a version
+        return ["the version of the code"] if old != new else []
     return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
 
 
-def record(folder, name, work, outputs, started):
-    """Write the manifest entry `name`: the work's identity, its outputs with digests, and where it was made.
+def record(folder: Path, name: str, this: dict, outputs: Iterable[str], started: float) -> None:
+    """Write the manifest entry `name`: the identity, the outputs with digests, where it was made.
 
     `outputs` are file names inside `folder`; `started` is the time.time() at which the work began.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     manifest[name] = {
-        **work,
+        **this,
         "outputs": {name: describe_file(folder / name) for name in outputs},
         "git_revision": git_revision(),
         "packages": package_versions(),
@@ -244,8 +311,8 @@ def record(folder, name, work, outputs, started):
 
 
 @functools.cache
-def git_revision():
-    """Revision of the checkout this code runs from, with "+changes" when it was edited, or None outside git."""
+def git_revision() -> str | None:
+    """Revision of this checkout, with "+changes" where files were edited; None outside git."""
     try:
         call = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+changes"]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
@@ -254,25 +321,23 @@ def git_revision():
 
 
 @functools.cache
-def package_versions():
-    found = {}
+def package_versions() -> dict[str, str | None]:
+    versions = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 # --------------------------------------------------------------------------------------------- lock
 
 
 @contextmanager
-def lock(folder):
-    """Hold `folder` for this process. A second run says that it waits. Free when the process ends, however it ends.
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; another process that asks for it says so and waits.
 
-    run_all.sh holds the lock across its steps and names the folder in REWARDLIB_LOCKED_DIR, so its
-    steps pass through.
+    The system frees the lock when the process ends, however it ends. A run of several steps holds
+    the lock across its steps and names the folder in REWARDLIB_LOCKED_DIR: its steps pass through.
     """
     folder = Path(folder)
     held = os.environ.get(LOCK_ENV)
@@ -284,8 +349,8 @@ def lock(folder):
         yield
 
 
-def take_lock(file, folder):
-    """flock an open file (or descriptor) exclusively; say so before waiting."""
+def take_lock(file: IO | int, folder: Path) -> None:
+    """Lock an open file (or descriptor) for this process alone; print a line before waiting."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -436,7 +436,7 @@ def test_published_checkpoint_as_teacher(data, copy, tmp_path, capsys):
     torch.save(state, tmp_path / "published.ckpt")
     for number in (7, 8):
         run_step(number, data, copy, "--teacher_ckpt", str(tmp_path / "publish*.ckpt"))
-    assert "cannot be told" in capsys.readouterr().out
+    assert "cannot tell whether they saw held-out prompts" in capsys.readouterr().out
     results = read(copy, "validation_results.json")
     assert results["no_leakage"]["external_teacher_files"] == [str(tmp_path / "published.ckpt")]
     rows = embeddings.load(data, "test").take(np.arange(20), np.zeros(20, int))

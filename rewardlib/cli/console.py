@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 from rewardlib.errors import InputError
 
 
-def parser(doc):
-    """An ArgumentParser whose help is the script's docstring and whose flags show their defaults."""
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is the docstring of the script, with the default of every flag."""
 
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
@@ -17,13 +20,13 @@ def parser(doc):
         def error(self, message):
             raise InputError(f"{message}; --help lists the flags")
 
-    made = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return made
+    parser = Parser(description=doc, formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
-def run(main, name):
-    """Call main(): exit 0 when it returns, 2 with one line for bad input, 1 with one line for anything else."""
+def run(main: Callable[[], None], name: str) -> None:
+    """Call main(). An error ends the process with one line: status 2 for bad input, else 1."""
     debug = "--debug" in sys.argv
     try:
         main()
@@ -43,12 +46,12 @@ def run(main, name):
         fail(name, f"{type(error).__name__}: {error} (--debug shows where)", 1)
 
 
-def fail(name, message, status):
+def fail(name: str, message: object, status: int) -> NoReturn:
     print(f"{name}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)
 
 
-def existing_folder(path, expected):
+def existing_folder(path: Path, expected: str) -> Path:
     """`path` if it is a folder; InputError otherwise."""
     if not path.is_dir():
         raise InputError(f"{path}: expected {expected}, found no such folder")

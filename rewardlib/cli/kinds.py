@@ -14,6 +14,13 @@ def switch(text):
     return value
 
 
+def bit(text: str) -> bool:
+    """1 or 0."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"expected one of 0 1, found {text!r}")
+    return text == "1"
+
+
 def count(text):
     """A whole number of at least 1."""
     try:
@@ -81,3 +88,11 @@ def at_least(least):
         return value
 
     return parse
+
+
+def probability(text: str) -> float:
+    """A number above 0, at most 1."""
+    value = positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, found {text!r}")
+    return value

@@ -169,3 +169,16 @@ def build(rewards, folds, *, pairing, consider_first_n, n_pairs, quality, scale,
         folds[prompts[:, 0]],
         int((~keep).sum()),
     )
+
+
+def rows_of(
+    pairs_M4: np.ndarray, n_responses: int
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """The distinct responses that pairs compare, and which two of them each pair compares.
+
+    pairs_M4: prompt and response of side 0, prompt and response of side 1. Returns ((R,) prompts,
+    (R,) response numbers) in ascending order, and (M, 2) positions in these.
+    """
+    flat_M2 = pairs_M4[:, [0, 2]] * n_responses + pairs_M4[:, [1, 3]]
+    flat_R, index = np.unique(flat_M2, return_inverse=True)
+    return np.divmod(flat_R, n_responses), index.reshape(-1, 2)

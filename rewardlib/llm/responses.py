@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-import rewardlib
 from rewardlib import artifacts
 from rewardlib.errors import InputError
 from rewardlib.llm.loading import NAMES
@@ -63,15 +62,6 @@ def part_of(rows, part):
 def parts_named(text):
     """[0..4] of "all", or the one part named."""
     return range(PARTS) if text == "all" else [int(text)]
-
-
-def work_of(arguments, inputs):
-    """Identity of a piece of work, as artifacts.identity makes it but with the version in place of the code's digest.
-
-    What takes GPU hours is not made again because another file was edited.
-    """
-    content = {"arguments": arguments, "inputs": inputs, "code": rewardlib.__version__}
-    return {**content, "hash": artifacts.hash_of(content)}
 
 
 def text_digest(query, response):

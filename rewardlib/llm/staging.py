@@ -37,15 +37,11 @@ def part_folder(data_dir, split, part):
     return Path(data_dir) / STAGING / f"{split}_{part}"
 
 
-def is_forced():
-    return os.environ.get("FORCE", "0") == "1"
-
-
 def is_done(data_dir, plan):
     """True when the manifest says that DATA_DIR holds `plan` and the files are as it says."""
     manifest = artifacts.read_manifest(data_dir)
     if (
-        is_forced()
+        artifacts.is_forced()
         or manifest.get("producer") != PRODUCER
         or (data_dir / embeddings.UNFINISHED).exists()
     ):

@@ -52,6 +52,11 @@ def save(stem, model):
     )
 
 
+def is_mlp(path: Path | str) -> bool:
+    """Whether `load` reads an MLP from this path."""
+    return Path(path).suffix not in (".npz", ".txt")
+
+
 def save_mlp(path, model):
     """Write the plain state_dict of an MLP."""
     with artifacts.atomic(path) as file:
@@ -75,7 +80,7 @@ def _save_arrays(path, model):
 def load(path, input_dim):
     """The model that `save` wrote to `path`; InputError unless it is whole and scores input_dim dimensions."""
     path = Path(path)
-    if path.suffix not in (".npz", ".txt"):
+    if is_mlp(path):
         return load_mlp(path, input_dim)
     try:
         model = _load_trees(path) if path.suffix == ".txt" else _load_arrays(path)

@@ -1,7 +1,7 @@
-"""What step 5 leaves for the steps after it: names of the reward-model files and the record of the ensemble.
+"""What step 5 leaves for the later steps: names of reward-model files, record of the ensemble.
 
-A run is named by its settings (task, objective, pairing, ...): the dict that scripts build from
-their flags.
+A run is named by its settings (task, objective, pairing, ...), a dict that scripts build from their
+flags.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ import numpy as np
 
 from rewardlib import artifacts
 from rewardlib.data import splits
+from rewardlib.data.embeddings import Responses
 from rewardlib.errors import InputError
 
 FOLDS = 5
@@ -17,101 +18,117 @@ FOLDS = 5
 MIN_UNSEEN = 50
 
 
-def stem(settings, n_sample, member=None):
-    """File name stem of a run; with `member`, of one member's checkpoint. Numbers are written in one way, whatever the
-    flag's spelling."""
+def stem(settings: dict, member: int | None = None) -> str:
+    """File name stem of a run, or of one member's files.
+
+    Numbers are written in one way, however a flag spells them. Settings that the kind of model does
+    not have are not part of the name.
+    """
     s = settings
     prefix = {"xprompt": "XPrompt", "sameprompt": "SamePrompt", "human": "HumanPairs"}[s["pairing"]]
-    index = "" if member is None else f"_{member}"
-    drawn = f"_firstn_{s['consider_first_n']}_n_{n_sample}_pair_{s['n_pairs']}"
+    parts = [prefix, s["rm_model"], s["rm_objective"]]
+    if member is not None:
+        parts.append(str(member))
+    parts.append(f"seed{s['seed']}")
     if s["pairing"] == "human":  # recorded, not drawn
-        drawn = f"_n_{n_sample}"
-    return (
-        f"{prefix}_{s['rm_model']}_{s['rm_objective']}{index}_seed{s['seed']}{drawn}"
-        f"_replacement_{str(s['replacement']).lower()}_epoch{s['training_epochs']}_lr{s['learning_rate']:g}"
-    )
+        parts.append(f"n_{s['n_sample']}")
+    else:
+        n_pairs, first_n = s["n_pairs"], s["consider_first_n"]
+        parts.append(f"firstn_{first_n}_n_{s['n_sample']}_pair_{n_pairs}")
+    parts.append(f"replacement_{str(s['replacement']).lower()}")
+    if "training_epochs" in s:
+        parts.append(f"epoch{s['training_epochs']}_lr{s['learning_rate']:g}")
+    return "_".join(parts)
 
 
-def resolve_n_sample(n_sample, split):
-    """How many prompts the reward models train on; None takes all. InputError above what may be fitted on."""
+def resolve_n_sample(n_sample: int | None, split: dict) -> int:
+    """Number of prompts to label; None takes all that may be fitted on, InputError above these."""
     available = len(split["student_train"]) + len(split["calibration"])
     if n_sample is not None and not 4 <= n_sample <= available:
         raise InputError(
-            f"n_sample: expected 4 to {available} (calibration and student-train prompts of this data), "
-            f"found {n_sample}; "
-            "N_SAMPLE=all takes every one"
+            f"n_sample: expected 4 to {available} (calibration and student-train prompts of this "
+            f"data), found {n_sample}; N_SAMPLE=all takes every one"
         )
     return n_sample or available
 
 
-def choose_prompts(split, n_sample, rng):
-    """The prompts reward models train on: student-train prompts first, so that calibration prompts stay unseen."""
+def choose_prompts(split: dict, n_sample: int, rng: np.random.Generator) -> np.ndarray:
+    """(n_sample,) prompts to label, ascending.
+
+    Student-train prompts come first: calibration prompts that no reward model has seen are worth
+    more, because isotonic maps are fitted on them.
+    """
     order = np.concatenate(
         [rng.permutation(split["student_train"]), rng.permutation(split["calibration"])]
     )
     return np.sort(order[:n_sample])
 
 
-def read(output_dir, settings):
-    """The record of the ensemble that `settings` name, in `output_dir`.
+def read(output_dir: Path, settings: dict) -> dict:
+    """The record of the ensemble that `settings` name: prompts, folds (n,), members, pairs, scale.
 
-    Returns a dict: prompts and folds (n,), members [{"file", "validation_fold", ...}], pairs {...}.
-    InputError when step 5 has not written it, or wrote it with other settings.
+    InputError where step 5 has not written it, or wrote it with other settings.
     """
     output_dir = Path(output_dir)
     entry = artifacts.read_manifest(output_dir).get("step5")
     if entry is None:
         raise InputError(
-            f"{output_dir}: no finished reward models found; run step 5 with the same settings first"
+            f"{output_dir}: no finished reward models; run step 5 with the same settings first"
         )
-    told = entry["arguments"]
-    different = [
-        f"{key} {told.get(key)!r}, not {settings[key]!r}"
-        for key in settings
-        if told.get(key) != settings[key]
-    ]
-    if different:
+    if different := differences(entry["arguments"], settings):
         raise InputError(
-            f"{output_dir}: expected reward models of these settings, found {'; '.join(different)}; "
+            f"{output_dir}: expected reward models of these settings, found {different}; "
             "run step 5 with the settings you want"
         )
     record = artifacts.read_json(output_dir / entry["record"], "step 5")
     return {**record, "prompts": np.array(record["prompts"]), "folds": np.array(record["folds"])}
 
 
-def seen_by_members(record, prompts):
-    """(E, n) True where member e trained on the prompt: it is one of its prompts outside its validation fold."""
+def differences(recorded: dict, settings: dict) -> str:
+    """ "name old, not new; ..." of the settings that were recorded with another value."""
+    return "; ".join(
+        f"{name} {recorded.get(name)!r}, not {value!r}"
+        for name, value in settings.items()
+        if recorded.get(name) != value
+    )
+
+
+def seen_by_members(record: dict, prompts: np.ndarray) -> np.ndarray:
+    """(E, n) True where member e trained on the prompt.
+
+    A member trains on all prompts of the record outside its validation fold.
+    """
     fold_of = dict(zip(record["prompts"].tolist(), record["folds"].tolist(), strict=True))
-    folds = np.array([fold_of.get(int(prompt), -1) for prompt in prompts])
-    held = np.array([member["validation_fold"] for member in record["members"]])
-    return (folds[None, :] >= 0) & (folds[None, :] != held[:, None])
+    folds_N = np.array([fold_of.get(int(prompt), -1) for prompt in prompts])
+    held_E = np.array([member["validation_fold"] for member in record["members"]])
+    return (folds_N[None, :] >= 0) & (folds_N[None, :] != held_E[:, None])
 
 
-def open_run(output_dir, settings, train):
-    """The prompt split and the record of step 5 for `settings`, whose "n_sample" is resolved in place."""
+def open_run(output_dir: Path, settings: dict, train: Responses) -> tuple[dict, dict]:
+    """The prompt split and the record of step 5; "n_sample" of `settings` is resolved in place.
+
+    InputError where step 5 ran on other data, or on prompts that the split holds out.
+    """
     split = splits.load(output_dir, train.shape[0])
     settings["n_sample"] = resolve_n_sample(settings["n_sample"], split)
     record = read(output_dir, settings)
-    told = artifacts.read_manifest(output_dir)["step5"]["inputs"]
-    changed = sorted(
-        name
-        for name in told.keys() | train.digests.keys()
-        if told.get(name) != train.digests.get(name)
-    )
+    recorded = artifacts.read_manifest(output_dir)["step5"]["inputs"]
+    names = sorted(recorded.keys() | train.digests.keys())
+    changed = [name for name in names if recorded.get(name) != train.digests.get(name)]
     if changed:
         raise InputError(
-            f"{output_dir}: expected the data its reward models were trained on, found other data ({changed[0]}); "
-            "run step 5 again, or use another output folder"
+            f"{output_dir}: expected the data its reward models were trained on, found other data "
+            f"({changed[0]}); run step 5 again, or use another output folder"
         )
     check_split(record, split)
     return split, record
 
 
-def check_split(record, split):
-    """InputError unless the reward models were fitted on prompts that this split allows."""
+def check_split(record: dict, split: dict) -> None:
+    """InputError where the reward models were fitted on held-out prompts of this split."""
     leaked = np.intersect1d(record["prompts"], split["held_out"])
     if len(leaked):
         raise InputError(
-            f"leakage: {len(leaked)} held-out prompts (first: {leaked[0]}) entered the training of the reward models; "
-            f"{splits.FILE} was changed after step 5: run step 5 again"
+            f"leakage: {len(leaked)} held-out prompts (first: {leaked[0]}) entered the training of "
+            f"the reward models; {splits.FILE} was changed after step 5: run step 5 again"
         )

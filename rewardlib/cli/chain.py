@@ -1,108 +1,271 @@
-"""Steps 5 to 8 and their report one after another in one process, each with its own log: what run_all.sh calls.
+"""The chain of run_all.sh: embeddings if there are none, then steps 5 to 8 and their report.
 
-Python, torch and scipy start once instead of five times. Each step does what its script does when
-it is called alone. Flags before "--" go to every step, flags after it to steps 7 and 8.
+Every stage is planned and its flags are checked before the first one starts. Steps 1 to 4 and the
+scripts that fill DATA_DIR run in processes of their own; steps 5 to 8 share this one, in which
+Python, torch and scipy start once. Settings are environment variables; docs/settings.md lists them.
 
 Reads   what the steps read
-Writes  what the steps write; OUTPUT_DIR/logs/{step}.log   what each of them printed
-Example python -m rewardlib.cli.chain 5 8 --data_dir data --output_dir distill_out -- --distill_epochs 20
+Writes  what the steps write; OUTPUT_DIR/logs/{stage}.log   what each of them printed
+Example DATA_DIR=data OUTPUT_DIR=distill_out bash run_all.sh
 """
 
 import importlib
+import os
 import shlex
+import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from rewardlib import artifacts
-from rewardlib.cli import console, kinds
+from rewardlib.cli import console, flags, preflight, settings
+from rewardlib.data import embeddings
+from rewardlib.errors import InputError
 
-STEPS = {
-    5: "step5_train_rms",
-    6: "step6_eval_rms",
-    7: "step7_isotonic_distillation",
-    8: "step8_validate_distillation",
-}
 LAST_LINES = 8
 
 
-class Tee:
-    """A text stream and a copy of all it is given in a log, but for progress bars, which redraw their line."""
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the name of its log; a script in the root or a module of the library; flags."""
 
-    def __init__(self, stream, log):
+    name: str
+    module: str
+    argv: list[str]
+    shares_process: bool = False
+
+    @property
+    def command(self) -> list[str]:
+        """Arguments of Python that run this stage alone."""
+        if self.module.startswith("rewardlib."):
+            return ["-m", self.module, *self.argv]
+        return [f"{self.module}.py", *self.argv]
+
+
+def main() -> None:
+    settings.print_help_or_refuse(sys.argv[1:], __doc__)
+    values = settings.read(os.environ)
+    chain = settings.parse("chain", values)
+    stages, output_dir = plan(chain, values)
+    logs = artifacts.writable_dir(output_dir / "logs")
+    with hold(output_dir) as lock_file:
+        for stage in stages:
+            if stage.name != "demo" or needs_demo_data(stage.argv[-1]):  # another run made them
+                run(stage, logs, lock_file)
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def plan(chain: Namespace, values: Mapping[str, str]) -> tuple[list[Stage], Path]:
+    """The stages that the settings ask for, and OUTPUT_DIR. Flags of all stages are parsed here.
+
+    InputError where a value is refused, settings contradict each other, or a model is missing.
+    """
+    artifacts.is_forced()
+    if chain.run_gpu_steps and chain.use_repo_embd:
+        raise InputError(
+            "RUN_GPU_STEPS and USE_REPO_EMBD: expected at most one of them, found both"
+        )
+    first, last = steps_of(chain, values)
+    values = with_generator(chain, values)
+    run_args = settings.parse("step7", values)
+    flags.check_model(run_args)
+    flags.distillation_settings(run_args)
+    stages = []
+    if "PAIRS" not in values and first <= 5:
+        stages += stages_of_data(chain, values, first, last)
+    for name in (f"step{number}" for number in range(max(first, 5), last + 1)):
+        settings.parse(name, values)
+        argv = settings.flags_of(name, values)
+        stages.append(Stage(name, settings.STAGES[name], argv, shares_process=True))
+    if last == 8 and chain.report:
+        argv = [run_args.output_dir]
+        stages.append(Stage("report", "rewardlib.cli.report", argv, shares_process=True))
+    return stages, Path(run_args.output_dir)
+
+
+def steps_of(chain: Namespace, values: Mapping[str, str]) -> tuple[int, int]:
+    """First and last step, step 3.5 counted with its neighbours."""
+    if float(chain.start_step) > float(chain.stop_step):
+        raise InputError(
+            f"START_STEP: expected at most STOP_STEP={chain.stop_step}, found {chain.start_step}"
+        )
+    first = 4 if chain.start_step == "3.5" else int(chain.start_step)
+    last = 3 if chain.stop_step == "3.5" else int(chain.stop_step)
+    if "PAIRS" not in values:
+        return first, last
+    # Recorded pairs have no golden rewards to calibrate to: steps 7 and 8 have nothing to do.
+    if chain.run_gpu_steps or chain.use_repo_embd:
+        raise InputError(
+            "PAIRS: expected RUN_GPU_STEPS and USE_REPO_EMBD to be 0, found one of them 1"
+        )
+    if first > 6:
+        raise InputError(f"START_STEP: expected at most 6 with PAIRS, found {first}")
+    return max(first, 5), min(last, 6)
+
+
+def with_generator(chain: Namespace, values: Mapping[str, str]) -> dict[str, str]:
+    """The settings with GEN_PREF_MODEL, where it follows from the others."""
+    values = dict(values)
+    if chain.run_gpu_steps and "MODEL_NAME" in values:  # one model answers and embeds
+        values.setdefault("GEN_PREF_MODEL", values["MODEL_NAME"])
+    if chain.use_repo_embd:
+        values["GEN_PREF_MODEL"] = settings.parse("convert", values).gen_model
+    return values
+
+
+def stages_of_data(
+    chain: Namespace, values: Mapping[str, str], first: int, last: int
+) -> list[Stage]:
+    """What fills DATA_DIR: steps 1 to 4, the conversion of published files, or demo data."""
+    if chain.run_gpu_steps:
+        return stages_of_prompts(values, first, last)
+    if chain.use_repo_embd:
+        argv = settings.flags_of("convert", values)
+        return [Stage("convert", settings.STAGES["convert"], argv)]
+    data_dir = settings.parse("step5", values).data_dir
+    if last < 5 or not needs_demo_data(data_dir):
+        return []
+    if data_dir != flags.DATA_DIR:
+        raise InputError(
+            f"DATA_DIR={data_dir}: no EMBD-TRAIN-split_0.npy and so on; fill the folder with "
+            "convert_embeddings.py (or USE_REPO_EMBD=1), or with generate_demo_data.py "
+            f"--output_dir {data_dir}"
+        )
+    print(f"no embeddings in {data_dir}: making demo data, whose true reward is known")
+    return [Stage("demo", "generate_demo_data", ["--output_dir", data_dir])]
+
+
+def needs_demo_data(data_dir: str) -> bool:
+    unfinished = (Path(data_dir) / embeddings.UNFINISHED).exists()
+    return unfinished or not embeddings.find_splits(data_dir, "train")
+
+
+def stages_of_prompts(values: Mapping[str, str], first: int, last: int) -> list[Stage]:
+    """Steps 1 to 4, of which 2 to 3.5 run once for train and once for test prompts.
+
+    InputError names every model, package and file that is missing.
+    """
+    tune, score, embed = (settings.parse(step, values) for step in ("step1", "step3", "step4"))
+    sample, sizes = {}, {}
+    for data_class in ("train", "test"):
+        n_responses = values.get(f"N_{data_class.upper()}_RESPONSES")
+        sizes[data_class] = ["--n_samples", n_responses] if n_responses else []
+        class_flags = ["--data_class", data_class, *sizes[data_class]]
+        sample[data_class] = settings.parse("step2", values, class_flags)
+    prompts = sample["train"]
+    for folder in (tune.output_dir, prompts.output_dir, embed.output_dir):
+        artifacts.writable_dir(folder)
+    preflight.check(
+        models={
+            "generator": prompts.model_name,
+            "reward": score.reward_model,
+            "embedder": embed.embed_model_name,
+        },
+        dataset=prompts.dataset,
+        eval_dataset=prompts.eval_dataset,
+        data_dir=prompts.data_dir,
+        adapter_name=prompts.adapter_name,
+        n_responses={data_class: args.n_samples for data_class, args in sample.items()},
+        max_prompts=prompts.max_prompts,
+        folder=prompts.output_dir,
+    )
+
+    def stage(step, name=None, more=()):
+        return Stage(name or step, settings.STAGES[step], [*settings.flags_of(step, values), *more])
+
+    stages = []
+    if first <= 1 <= last and prompts.adapter_name == "sft":
+        stages.append(stage("step1"))
+    for data_class, size in sizes.items():
+        class_flag = ["--data_class", data_class]
+        if first <= 2 <= last:
+            stages.append(stage("step2", f"step2-{data_class}", class_flag + size))
+        if first <= 3 <= last:
+            stages.append(stage("step3", f"step3-{data_class}", class_flag))
+            stages.append(stage("step3.5", f"step3.5-{data_class}", class_flag + size))
+    if first <= 4 <= last:
+        stages.append(stage("step4"))
+    return stages
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+@contextmanager
+def hold(output_dir: Path) -> Iterator[TextIO]:
+    """Hold the lock of OUTPUT_DIR for this process and for stages that inherit its descriptor."""
+    with open(output_dir / ".lock", "a") as file:
+        artifacts.take_lock(file, output_dir)
+        os.environ[artifacts.LOCK_ENV] = str(output_dir)
+        yield file
+
+
+def run(stage: Stage, logs: Path, lock_file: TextIO) -> None:
+    """Run a stage with its output copied to logs/{name}.log; end this process where it fails."""
+    print(f"\n==> {stage.name}: {shlex.join(['python', *stage.command])}", flush=True)
+    path, started = logs / f"{stage.name}.log", time.time()
+    with open(path, "w") as log:
+        if stage.shares_process:
+            status = run_here(stage, log)
+        else:
+            status = run_apart(stage, log, lock_file)
+    if status:
+        last = "".join(f"    {line}\n" for line in path.read_text().splitlines()[-LAST_LINES:])
+        print(
+            f"\nrun_all.sh: {stage.name} failed after {time.time() - started:.0f} s; its last "
+            f"lines:\n{last}the whole log: {path}\n"
+            "the same command goes on from here; finished steps are skipped",
+            file=sys.stderr,
+        )
+        sys.exit(status)
+
+
+def run_here(stage: Stage, log: TextIO) -> int:
+    """Exit status of main(argv) of a step, called in this process."""
+    with redirect_stdout(Tee(sys.stdout, log)), redirect_stderr(Tee(sys.stderr, log)):
+        try:
+            console.run(lambda: importlib.import_module(stage.module).main(stage.argv), stage.name)
+        except SystemExit as error:
+            return error.code
+    return 0
+
+
+def run_apart(stage: Stage, log: TextIO, lock_file: TextIO) -> int:
+    """Exit status of a script run in a process of its own, which holds the lock with this one."""
+    command = [sys.executable, str(artifacts.ROOT / stage.command[0]), *stage.argv]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, pass_fds=[lock_file.fileno()], **pipes) as process:
+        for line in process.stdout:
+            for stream in (sys.stdout, log):
+                stream.write(line)
+                stream.flush()
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+class Tee:
+    """A text stream whose lines are copied to a log, except progress bars, which redraw a line."""
+
+    def __init__(self, stream: TextIO, log: TextIO):
         self.stream, self.log = stream, log
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         if "\r" not in text:
             self.log.write(text)
         return self.stream.write(text)
 
-    def flush(self):
+    def flush(self) -> None:
         self.log.flush()
         self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
-
-
-def parse_args(argv):
-    parser = console.parser(__doc__)
-    parser.add_argument("first", type=int, choices=list(STEPS), help="step to begin with")
-    parser.add_argument("last", type=int, choices=list(STEPS), help="step to end with")
-    parser.add_argument(
-        "--report", type=kinds.switch, default=True, help="0: no report after step 8"
-    )
-    parser.add_argument(
-        "--output_dir", default="distill_out", help="of the steps; their logs go to logs/ in it"
-    )
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, flags = parser.parse_known_args(argv[:cut])
-    if args.first > args.last:
-        parser.error(f"first: expected at most the last step, {args.last}, found {args.first}")
-    args.run_flags = [*flags, "--output_dir", args.output_dir, *(["--debug"] if args.debug else [])]
-    args.distillation_flags = argv[cut + 1 :]
-    return args
-
-
-def main():
-    args = parse_args(sys.argv[1:])
-    logs = artifacts.writable_dir(Path(args.output_dir) / "logs")
-    for number in range(args.first, args.last + 1):
-        flags = args.run_flags + (args.distillation_flags if number >= 7 else [])
-        run(f"step{number}", STEPS[number], [f"{STEPS[number]}.py", *flags], flags, logs)
-    if args.last == 8 and args.report:
-        run(
-            "report",
-            "rewardlib.cli.report",
-            ["-m", "rewardlib.cli.report", args.output_dir],
-            [args.output_dir],
-            logs,
-        )
-
-
-def run(name, module, shown, argv, logs):
-    """Call main(argv) of a step with its output copied to logs/{name}.log; end the process where it fails."""
-    print(f"\n==> {name}: {shlex.join(['python', *shown])}", flush=True)
-    path, started = logs / f"{name}.log", time.time()
-    with (
-        open(path, "w") as log,
-        redirect_stdout(Tee(sys.stdout, log)),
-        redirect_stderr(Tee(sys.stderr, log)),
-    ):
-        try:
-            console.run(lambda: importlib.import_module(module).main(argv), name)
-            status = 0
-        except SystemExit as error:
-            status = error.code
-    if status:
-        last = "".join(f"    {line}\n" for line in path.read_text().splitlines()[-LAST_LINES:])
-        print(
-            f"\nrun_all.sh: {name} failed after {time.time() - started:.0f} s; its last lines:\n{last}"
-            f"the whole log: {path}\nthe same command goes on from here; finished steps are skipped",
-            file=sys.stderr,
-        )
-        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""run_steps.py: each step does what it does alone, with its own log; failures are told; flags reach their steps."""
+"""The chain of run_all.sh: each step does what it does alone, with its own log; failures are told."""
 
 import io
 import shutil
@@ -10,16 +10,26 @@ import pytest
 from conftest import ROOT, SMALL, STEPS
 from tqdm import tqdm
 
-from rewardlib.cli import chain, console
+from rewardlib.cli import chain, console, settings
 from rewardlib.errors import InputError
 
 CHANGING = {"manifest.json", ".inspected.json", ".lock", "report.html"}
 STUDENT = ["--distill_epochs", "4"]
 
 
-def call(monkeypatch, *argv):
-    """Exit status of `python -m rewardlib.cli.chain ARGV`."""
-    monkeypatch.setattr(sys, "argv", ["chain", *map(str, argv)])
+def variables(*flags):
+    """{variable: text} of flags with one value each."""
+    names = (flag.removeprefix("--").upper() for flag in flags[::2])
+    return dict(zip(names, map(str, flags[1::2]), strict=True))
+
+
+def call(monkeypatch, first, last, **values):
+    """Exit status of the chain from step `first` to step `last` with these settings."""
+    for name in (*settings.all_names(), "REWARDLIB_LOCKED_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"START_STEP": first, "STOP_STEP": last, **values}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys, "argv", ["chain"])
     try:
         console.run(chain.main, "run_all.sh")
     except SystemExit as stop:
@@ -34,7 +44,7 @@ def contents(folder):
 
 
 @pytest.fixture
-def steps(monkeypatch):
+def steps(monkeypatch, data):
     """Stand-ins for the steps and the report: a list of (module, argv); `fail` holds {module: error to raise}."""
     calls, fail = [], {}
 
@@ -48,7 +58,10 @@ def steps(monkeypatch):
 
         return types.SimpleNamespace(main=main)
 
+    for name in settings.STAGES.values():
+        settings.load_script(name)  # parsers are those of the real scripts
     monkeypatch.setattr(chain.importlib, "import_module", load)
+    monkeypatch.setenv("DATA_DIR", str(data))
     return types.SimpleNamespace(calls=calls, fail=fail)
 
 
@@ -60,7 +73,7 @@ def test_the_results_are_those_of_the_scripts_called_one_by_one(
 ):
     together, alone = tmp_path / "together", tmp_path / "alone"
     flags = [*SMALL, "--data_dir", str(data)]
-    assert call(monkeypatch, 5, 8, *flags, "--output_dir", together, "--", *STUDENT) == 0
+    assert call(monkeypatch, 5, 8, **variables(*flags, *STUDENT), OUTPUT_DIR=together) == 0
     for number, name in STEPS.items():
         more = STUDENT if number >= 7 else []
         command = [
@@ -83,8 +96,8 @@ def test_finished_steps_are_skipped_in_one_process_too(
     data, finished, tmp_path, monkeypatch, capsys
 ):
     out = shutil.copytree(finished, tmp_path / "out")
-    flags = [*SMALL, "--data_dir", data, "--output_dir", out, "--report", 0, "--", *STUDENT]
-    assert call(monkeypatch, 5, 8, *flags) == 0
+    values = variables(*SMALL, *STUDENT) | {"DATA_DIR": data, "OUTPUT_DIR": out, "REPORT": 0}
+    assert call(monkeypatch, 5, 8, **values) == 0
     assert capsys.readouterr().out.count("already done") == 4
     assert contents(out) == contents(finished)
 
@@ -94,7 +107,7 @@ def test_finished_steps_are_skipped_in_one_process_too(
 
 def test_logs_hold_what_was_printed(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    assert call(monkeypatch, 5, 6, *SMALL, "--data_dir", data, "--output_dir", out) == 0
+    assert call(monkeypatch, 5, 6, **variables(*SMALL), DATA_DIR=data, OUTPUT_DIR=out) == 0
     printed = capsys.readouterr().out
     for number in (5, 6):
         log = (out / "logs" / f"step{number}.log").read_text()
@@ -103,12 +116,13 @@ def test_logs_hold_what_was_printed(data, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (out / "logs").iterdir()) == ["step5.log", "step6.log"]
 
 
-def test_logs_hold_both_streams_and_are_those_of_the_last_run(steps, tmp_path, monkeypatch, capsys):
+def test_logs_hold_both_streams_and_are_those_of_the_last_run(
+    steps, data, tmp_path, monkeypatch, capsys
+):
     for _ in range(2):
-        assert call(monkeypatch, 5, 5, "--output_dir", tmp_path) == 0
-        assert (
-            tmp_path / "logs" / "step5.log"
-        ).read_text() == "step5_train_rms works\nstep5_train_rms warns\n"
+        assert call(monkeypatch, 5, 5, OUTPUT_DIR=tmp_path, DATA_DIR=data) == 0
+        log = (tmp_path / "logs" / "step5.log").read_text()
+        assert log == "step5_train_rms works\nstep5_train_rms warns\n"
     out, error = capsys.readouterr()
     assert out.count("step5_train_rms works\n") == 2 and error == "step5_train_rms warns\n" * 2
 
@@ -137,18 +151,14 @@ def test_bad_input_ends_the_run_with_status_2_and_the_last_lines(
     data, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    assert (
-        call(monkeypatch, 5, 8, *SMALL, "--n_sample", 1000, "--data_dir", data, "--output_dir", out)
-        == 2
-    )
+    values = variables(*SMALL) | {"N_SAMPLE": 1000, "DATA_DIR": data, "OUTPUT_DIR": out}
+    assert call(monkeypatch, 5, 8, **values) == 2
     printed, error = capsys.readouterr()
     assert "==> step6" not in printed
-    told = [line for line in error.splitlines() if "expected 4 to 48" in line]
-    assert [line.strip().startswith("step5: n_sample") for line in told] == [True, True]
-    assert (
-        error.startswith("step5: n_sample")
-        and "\nrun_all.sh: step5 failed after 0 s; its last lines:\n" in error
-    )
+    lines = [line for line in error.splitlines() if "expected 4 to 48" in line]
+    assert [line.strip().startswith("step5: n_sample") for line in lines] == [True, True]
+    assert error.startswith("step5: n_sample")
+    assert "\nrun_all.sh: step5 failed after 0 s; its last lines:\n" in error
     assert f"the whole log: {out}/logs/step5.log\nthe same command goes on from here" in error
     assert "expected 4 to 48" in (out / "logs" / "step5.log").read_text()
 
@@ -164,61 +174,54 @@ def test_bad_input_ends_the_run_with_status_2_and_the_last_lines(
     ids=["input", "defect", "interrupt", "memory"],
 )
 def test_a_failing_step_is_the_last_one(
-    steps, tmp_path, monkeypatch, capsys, error, status, message
+    steps, data, tmp_path, monkeypatch, capsys, error, status, message
 ):
     steps.fail["step7_isotonic_distillation"] = error
-    assert call(monkeypatch, 5, 8, "--output_dir", tmp_path) == status
+    assert call(monkeypatch, 5, 8, OUTPUT_DIR=tmp_path, DATA_DIR=data) == status
     assert [module for module, _ in steps.calls] == [STEPS[number] for number in (5, 6, 7)]
-    told = capsys.readouterr().err
-    assert "step7 failed after" in told and f"    {message}" in told
+    printed = capsys.readouterr().err
+    assert "step7 failed after" in printed and f"    {message}" in printed
     assert message in (tmp_path / "logs" / "step7.log").read_text()
 
 
-def test_only_the_last_lines_of_a_long_log_are_told(steps, tmp_path, monkeypatch, capsys):
+def test_only_the_last_lines_of_a_long_log_are_told(steps, data, tmp_path, monkeypatch, capsys):
     steps.fail["step5_train_rms"] = InputError("bad")
     monkeypatch.setattr(chain, "LAST_LINES", 2)
-    call(monkeypatch, 5, 5, "--output_dir", tmp_path)
-    assert (
-        capsys.readouterr()
-        .err.split("its last lines:\n")[1]
-        .startswith("    step5_train_rms warns\n    step5: bad\nthe whole log")
-    )
+    call(monkeypatch, 5, 5, OUTPUT_DIR=tmp_path, DATA_DIR=data)
+    last = capsys.readouterr().err.split("its last lines:\n")[1]
+    assert last.startswith("    step5_train_rms warns\n    step5: bad\nthe whole log")
 
 
-def test_steps_in_the_wrong_order_are_refused(steps, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, 8, 5, "--output_dir", tmp_path) == 2
-    assert "first: expected at most the last step, 5, found 8" in capsys.readouterr().err
-    assert call(monkeypatch, 4, 8, "--output_dir", tmp_path) == 2
-    assert steps.calls == []
+def test_steps_in_the_wrong_order_are_refused(steps, data, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, 8, 5, OUTPUT_DIR=tmp_path, DATA_DIR=data) == 2
+    assert "START_STEP: expected at most STOP_STEP=5, found 8" in capsys.readouterr().err
+    assert steps.calls == [] and list(tmp_path.iterdir()) == []
 
 
-def test_an_output_folder_that_is_a_file_is_refused(steps, tmp_path, monkeypatch, capsys):
+def test_an_output_folder_that_is_a_file_is_refused(steps, data, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    assert call(monkeypatch, 5, 8, "--output_dir", tmp_path / "file") == 2
+    assert call(monkeypatch, 5, 8, OUTPUT_DIR=tmp_path / "file", DATA_DIR=data) == 2
     assert capsys.readouterr().err.startswith("run_all.sh: ") and steps.calls == []
+
+
+def test_other_arguments_are_refused(steps, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["chain", "--n_sample", "20"])
+    with pytest.raises(SystemExit) as stop:
+        console.run(chain.main, "run_all.sh")
+    assert stop.value.code == 2 and "--n_sample" in capsys.readouterr().err
+    assert steps.calls == []
 
 
 # -------------------------------------------------------------------------------------------- flags
 
 
-def test_flags_after_the_dashes_are_those_of_steps_7_and_8(steps, tmp_path, monkeypatch):
-    flags = ["--hidden", "256", "64", "--consider_first_n", "-1", "--n_sample=20"]
-    assert (
-        call(
-            monkeypatch,
-            5,
-            8,
-            *flags,
-            "--output_dir",
-            tmp_path,
-            "--",
-            *STUDENT,
-            "--isotonic",
-            "plain",
-        )
-        == 0
-    )
-    common, student = [*flags, "--output_dir", str(tmp_path)], [*STUDENT, "--isotonic", "plain"]
+def test_a_step_gets_the_settings_that_are_flags_of_its_own(steps, data, tmp_path, monkeypatch):
+    values = {"HIDDEN": "256 64", "CONSIDER_FIRST_N": "-1", "N_SAMPLE": "20", "DATA_DIR": data}
+    values |= {"OUTPUT_DIR": tmp_path, "DISTILL_EPOCHS": 4, "ISOTONIC": "plain", "TOP_P": 0.5}
+    assert call(monkeypatch, 5, 8, **values) == 0
+    common = ["--consider_first_n", "-1", "--n_sample", "20", "--hidden", "256", "64"]
+    common += ["--data_dir", str(data), "--output_dir", str(tmp_path)]
+    student = ["--distill_epochs", "4", "--isotonic", "plain"]
     assert steps.calls == [
         (STEPS[5], common),
         (STEPS[6], common),
@@ -229,41 +232,38 @@ def test_flags_after_the_dashes_are_those_of_steps_7_and_8(steps, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("argv", "expected"),
+    ("settings", "expected"),
     [
         ((5, 8), [5, 6, 7, 8, "report"]),
         ((7, 8), [7, 8, "report"]),
         ((5, 7), [5, 6, 7]),
         ((6, 6), [6]),
-        ((8, 8, "--report", 0), [8]),
+        ((8, 8, 0), [8]),
     ],
     ids=str,
 )
 def test_the_steps_asked_for_and_a_report_after_the_last(
-    steps, tmp_path, monkeypatch, argv, expected
+    steps, data, tmp_path, monkeypatch, settings, expected
 ):
-    assert call(monkeypatch, *argv, "--output_dir", tmp_path) == 0
-    names = {module: number for number, module in STEPS.items()} | {
-        "rewardlib.cli.report": "report"
-    }
+    first, last, *report = settings
+    report = {"REPORT": report[0]} if report else {}
+    assert call(monkeypatch, first, last, OUTPUT_DIR=tmp_path, DATA_DIR=data, **report) == 0
+    names = {module: number for number, module in STEPS.items()}
+    names |= {"rewardlib.cli.report": "report"}
     assert [names[module] for module, _ in steps.calls] == expected
 
 
-def test_debug_reaches_the_steps_and_shows_the_traceback(steps, tmp_path, monkeypatch):
-    steps.fail[STEPS[6]] = ValueError("odd")
-    with pytest.raises(ValueError, match="odd"):
-        call(monkeypatch, 5, 8, "--output_dir", tmp_path, "--debug")
-    assert all("--debug" in argv for _, argv in steps.calls)
-
-
 def test_the_steps_are_those_of_the_scripts():
-    assert chain.STEPS == STEPS
+    assert {number: settings.STAGES[f"step{number}"] for number in STEPS} == STEPS
 
 
-def test_help(tmp_path, monkeypatch, capsys):
+def test_help_lists_the_settings_and_starts_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "--help") == 0
+    monkeypatch.setattr(sys, "argv", ["chain", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        console.run(chain.main, "run_all.sh")
     text = capsys.readouterr().out
-    for part in ("Reads   ", "Writes  ", "Example python -m rewardlib.cli.chain 5 8"):
+    assert stop.value.code == 0
+    for part in ("Reads   ", "Writes  ", "Example ", *settings.all_names()):
         assert part in text
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""cli.py: defaults in the help, one value for a number, one-line errors and exit statuses, the same flags for all."""
+"""Flags: defaults in the help, one value for a number, one-line errors, the same flags for all."""
 
 import argparse
 import importlib
@@ -14,6 +14,7 @@ from conftest import ROOT, STEPS
 from rewardlib.cli import console, flags, tables
 from rewardlib.errors import InputError
 from rewardlib.nets import mlp
+from rewardlib.pipeline import run_record
 
 MODULES = {number: importlib.import_module(name) for number, name in STEPS.items()}
 
@@ -199,16 +200,43 @@ def test_step_8_names_a_student_as_step_7_does():
 
 def test_every_flag_that_changes_results_is_part_of_what_a_run_is_called():
     args = vars(MODULES[7].parse_args([]))
-    named = {*flags.RUN_FLAGS, *flags.DISTILLATION_FLAGS}
+    arguments = argparse.Namespace(**args)
+    named = {*flags.run_settings(arguments), *flags.distillation_settings(arguments)}
     assert set(args) - named == {
         "debug",
         "data_dir",
         "output_dir",
         "teacher_ckpt",
         "num_threads",
-        "precision",
     }
-    assert flags.run_settings(argparse.Namespace(**args)).keys() == {*flags.RUN_FLAGS, "precision"}
+
+
+OF_MLPS = {"training_epochs", "learning_rate", "batch_size", "hidden", "precision"}
+
+
+@pytest.mark.parametrize(
+    ("model", "objective"), [("linear", "bt"), ("lgbm", "clf"), ("ridge", "regression")]
+)
+def test_a_model_without_hidden_layers_is_not_called_after_settings_of_mlps(model, objective):
+    kind = ["--rm_model", model, "--rm_objective", objective]
+    settings = flags.run_settings(parse(*kind))
+    others = ["--training_epochs", "9", "--learning_rate", "0.1", "--hidden", "16", "8"]
+    assert settings == flags.run_settings(parse(*kind, *others, "--batch_size", "7"))
+    assert set(flags.run_settings(parse())) - set(settings) == OF_MLPS
+    assert (
+        run_record.stem(settings) == f"XPrompt_{model}_{objective}_seed6_firstn_2_n_100_pair_1_"
+        "replacement_true"
+    )
+
+
+def test_a_student_adds_what_it_uses_of_the_settings_of_mlps():
+    linear = parse("--rm_model", "linear", "--hidden", "16", "8", "--precision", "fp32")
+    assert flags.student_settings(parse(), starts_from_mlp=True) == {}
+    assert flags.student_settings(linear, starts_from_mlp=True) == {"precision": "fp32"}
+    assert flags.student_settings(linear, starts_from_mlp=False) == {
+        "hidden": [16, 8],
+        "precision": "fp32",
+    }
 
 
 @pytest.mark.parametrize("able", ["fp32", "bf16"])

@@ -283,7 +283,7 @@ def test_gather_fills_a_tensor_with_what_read_gives(tmp_path, monkeypatch, dtype
 def test_a_missing_split_in_the_middle_is_named(tmp_path, name):
     (write(tmp_path, k=4) / name).unlink()
     with pytest.raises(
-        InputError, match=rf"{name} is missing: found splits 0-3, expected every one of 0-3"
+        InputError, match=rf"{name} is missing: found splits 0-3, expected every split of 0-3"
     ):
         embeddings.load(tmp_path)
 
@@ -378,7 +378,7 @@ def test_a_value_that_is_not_finite_is_found_with_file_and_row(tmp_path, bad, or
     ("line", "message"),
     [
         ("{'reward': 1}", r'line 3: expected {"reward": number}, found "{'),
-        ("", r"line 3: expected .* found ''; one JSON object a line"),
+        ("", r"line 3: expected .* found ''; write one JSON object per line"),
         ('{"score": 1}', r"line 3: expected .* found '{\"score\": 1}'"),
         ("1.5", "line 3: expected .* found '1.5'"),
         ('{"reward": NaN}', "line 3: expected a finite reward, found nan"),
@@ -450,7 +450,8 @@ def test_splits_that_list_other_prompts(tmp_path, key):
 def test_unfinished_data(tmp_path):
     (write(tmp_path) / ".unfinished").write_text("convert_embeddings.py")
     with pytest.raises(
-        InputError, match=r"its data are unfinished; run convert_embeddings\.py again"
+        InputError,
+        match=r"the data in this folder are unfinished; run convert_embeddings\.py again",
     ):
         embeddings.load(tmp_path)
 

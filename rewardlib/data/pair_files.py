@@ -1,15 +1,18 @@
-"""Reader of human preference pairs: one file with the embeddings of the preferred and of the other response.
+"""Reader of human preference pairs: one file with the embeddings of both responses of each pair.
 
-embeddings         (n, 2, D) chosen then rejected; or chosen (n, D) and rejected (n, D); float16, float32 or float64
+embeddings         (n, 2, D) chosen, then rejected; or two arrays chosen (n, D) and rejected (n, D);
+                   float16, float32 or float64
 prompt_ids         (n,) whole numbers or text, equal for pairs on one prompt        optional
 prompt_embeddings  (n, P) equal for pairs on one prompt                             optional
 subset             (n,) names                                                       optional
 ties               (n,) True where neither response was preferred                   optional
 length_chars       (n, 2) characters of the chosen and of the rejected response     optional
 
-.npz          memory-mapped as np.savez writes it, read whole as np.savez_compressed does
-.safetensors  memory-mapped; it holds no text: subset is (n,) positions in the JSON list "subset_names" of its metadata
-.parquet      one row a pair, embeddings as lists, fixed-size or not; read in blocks; needs pyarrow
+.npz          memory-mapped if np.savez wrote the file, read whole if np.savez_compressed did
+.safetensors  memory-mapped; the format holds no text, so subset is (n,) positions in the JSON list
+              "subset_names" of the metadata
+.parquet      one row per pair, embeddings as lists of fixed or variable size; read in blocks; needs
+              pyarrow
 Nothing is unpickled.
 """
 
@@ -37,12 +40,12 @@ PARQUET_ROWS = 1024
 
 @dataclass(frozen=True)
 class HumanPairs:
-    """n pairs of responses, response 0 preferred to response 1 except in ties.
+    """n pairs of responses; response 0 is preferred to response 1, except in ties.
 
-    responses: the pairs as n prompts of two responses. Its rewards are 1 and 0, for ties 0.5 and
-    0.5; its groups are equal for pairs that share a prompt or an answer, directly or through other
-    pairs. subset: (n,) names, or None. ties: (n,) bool. about: what was found, for people and
-    records, as a JSON-able dict; see `describe`.
+    responses: the pairs as n prompts with two responses each. Their rewards are 1 and 0, in a tie
+    0.5 and 0.5; their groups are equal for pairs that share a prompt or an answer, directly or
+    through other pairs. subset: (n,) names, or None. ties: (n,) bool. about: summary of the file as
+    a JSON-able dict, for records and for `describe`.
     """
 
     responses: Responses
@@ -50,44 +53,38 @@ class HumanPairs:
     ties: np.ndarray
     about: dict
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ties)
 
 
-def load(path):
-    """Check and open the pairs in `path`, see the top of this file. Returns HumanPairs; raises InputError."""
+def load(path: Path | str) -> HumanPairs:
+    """The checked preference pairs of one file; the top of this module describes the formats.
+
+    Raises InputError.
+    """
     path = Path(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
         raise InputError(
-            f"{path}: expected a file named {', '.join(readers)}, found {path.suffix or 'no extension'}; "
-            "save the pairs in one of these formats"
+            f"{path}: expected a file named {', '.join(readers)}, "
+            f"found {path.suffix or 'no extension'}; save the pairs in one of these formats"
         )
     if not path.is_file():
-        raise InputError(f"{path}: expected a file of preference pairs, found none; check the path")
-    arrays, others = readers[path.suffix.lower()](path)
-    sides = _sides(path, arrays, others)
+        raise InputError(f"{path}: no such file of preference pairs; check the path")
+    arrays, unknown_names = readers[path.suffix.lower()](path)
+    sides = _sides(path, arrays, unknown_names)
     n = len(sides[0])
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) != n:
             raise InputError(
-                f"{path}: expected {n} rows of {name}, one for each pair, found shape {array.shape}; "
-                "save all arrays from the same pairs"
+                f"{path}: expected {n} rows of {name}, one for each pair, found shape "
+                f"{array.shape}; save all arrays from the same pairs"
             )
+    side_names = _side_names(arrays)
     answers = np.concatenate(
-        [
-            _row_digests(path, name, side)
-            for name, side in zip(_side_names(arrays), sides, strict=True)
-        ]
+        [_row_digests(path, name, side) for name, side in zip(side_names, sides, strict=True)]
     )
-    prompts = {}
-    if "prompt_ids" in arrays:
-        prompts["prompt_ids"] = _names(path, "prompt_ids", arrays["prompt_ids"])
-    if "prompt_embeddings" in arrays:
-        _check_floats(path, "prompt_embeddings", arrays["prompt_embeddings"], "(n, dimensions)", 2)
-        prompts["prompt_embeddings"] = _row_digests(
-            path, "prompt_embeddings", arrays["prompt_embeddings"]
-        )
+    prompts = _prompt_keys(path, arrays)
     ties = _ties(path, arrays["ties"]) if "ties" in arrays else np.zeros(n, bool)
     groups = link(n, [*prompts.values(), answers])
     about = {
@@ -100,7 +97,7 @@ def load(path):
         "n_linked": _n_linked(groups),
         "n_linked_by_prompt": _n_linked(link(n, list(prompts.values()))),
         "largest_group": int(np.bincount(groups).max()),
-        "unused_names": sorted(others),
+        "unused_names": sorted(unknown_names),
     }
     rewards = np.where(ties[:, None], 0.5, [1.0, 0.0])
     lengths = _lengths(path, arrays["length_chars"]) if "length_chars" in arrays else None
@@ -109,23 +106,25 @@ def load(path):
     return HumanPairs(responses, subset, ties, about)
 
 
-def describe(about):
-    """Lines for people about what `load` found."""
-    lines = [
-        f"{about['n']} preference pairs x {about['dimensions']} dimensions, {about['n_ties']} of them ties"
-    ]
+def describe(about: dict) -> list[str]:
+    """Lines to print about a file of pairs. about: the summary in HumanPairs."""
     linked, by_prompt = about["n_linked"], about["n_linked_by_prompt"]
-    lines.append(
-        f"{linked} pairs linked to others, {by_prompt} by their prompt, {linked - by_prompt} by an answer alone: "
-        f"{about['n_groups']} groups, the largest of {about['largest_group']}, each on one side of every split"
-    )
+    lines = [
+        f"{about['n']} preference pairs x {about['dimensions']} dimensions, "
+        f"{about['n_ties']} of them ties",
+        f"{linked} pairs linked to others, {by_prompt} by their prompt, {linked - by_prompt} by an "
+        f"answer alone: {about['n_groups']} groups, the largest of {about['largest_group']} pairs; "
+        "a split never divides a group",
+    ]
     if not about["prompts_told_by"]:
         lines.append(
-            "warning: neither prompt_ids nor prompt_embeddings: two pairs on one prompt may be on two sides of a split"
+            "warning: the file has neither prompt_ids nor prompt_embeddings: a split may put pairs "
+            "on the same prompt on both sides"
         )
     if same := about["n_same_responses"]:
         lines.append(
-            f"{same} pairs hold one embedding twice: no model can order them, they count one half"
+            f"pairs whose two embeddings are identical: {same}; no model can order them, so each "
+            "counts as half right"
         )
     if about["unused_names"]:
         lines.append(f"not used: {', '.join(about['unused_names'])}; known: {', '.join(NAMES)}")
@@ -136,8 +135,8 @@ def describe(about):
 
 
 def _read_npz(path):
-    """({known name: array}, other names) of an .npz file; arrays that are stored as they are come memory-mapped."""
-    arrays, others = {}, []
+    """({known name: array}, [unknown names]) of an .npz file, uncompressed arrays memory-mapped."""
+    arrays, unknown_names = {}, []
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -147,38 +146,39 @@ def _read_npz(path):
                 if name in NAMES:
                     arrays[name] = _npz_array(path, archive, member)
                 else:
-                    others.append(name)
+                    unknown_names.append(name)
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise _unreadable(path, "a whole .npz file of numbers and text", error) from None
-    return arrays, others
+    return arrays, unknown_names
 
 
 def _npz_array(path, archive, member):
+    """One array of an .npz archive: memory-mapped if stored uncompressed, else read."""
     with archive.open(member) as file:
         if member.compress_type != zipfile.ZIP_STORED:
             return np.lib.format.read_array(file, allow_pickle=False)
-        version = np.lib.format.read_magic(file)
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read_header(file)
-        header = file.tell()
+        if np.lib.format.read_magic(file) == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        npy_header_size = file.tell()
     if dtype.hasobject:
         raise ValueError("Object arrays are pickled; save text as np.array(names, dtype=str)")
     if 0 in shape:
         return np.empty(shape, dtype)
-    with open(
-        path, "rb"
-    ) as file:  # a zip member: 30 bytes, its name and extra field (sizes at byte 26), its data
+    # A member of a zip file is 30 bytes, then its name and its extra field (two sizes, at byte 26),
+    # then its data. The central directory may give another size of the extra field.
+    with open(path, "rb") as file:
         file.seek(member.header_offset + 26)
         start = member.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
-    return np.memmap(path, dtype, "r", start + header, shape, "F" if fortran else "C")
+    return np.memmap(path, dtype, "r", start + npy_header_size, shape, "F" if fortran else "C")
 
 
 def _read_safetensors(path):
-    """As _read_npz. safe_open checks the header against the file, but returns copies: floats are mapped here."""
+    """({known name: array}, [unknown names]) of a .safetensors file, floats memory-mapped.
+
+    safe_open checks the header against the file but returns copies, hence the own memory map.
+    """
     dtypes = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
     arrays = {}
     try:
@@ -192,8 +192,8 @@ def _read_safetensors(path):
                     continue
                 if entry["dtype"].startswith(("BF", "F8")):  # numpy has no such numbers
                     raise InputError(
-                        f"{path}: expected {name} of dtype {' / '.join(DTYPES)}, found {entry['dtype']}; "
-                        "save it as float16 or float32"
+                        f"{path}: expected {name} of dtype {' / '.join(DTYPES)}, found "
+                        f"{entry['dtype']}; save the array as float16 or float32"
                     )
                 if entry["dtype"] not in dtypes or 0 in entry["shape"]:
                     arrays[name] = file.get_tensor(name)
@@ -210,6 +210,7 @@ def _read_safetensors(path):
 
 
 def _decode_subset(path, codes, text):
+    """Names (n,) of the subsets from their positions (n,) in `text`, a JSON list of names."""
     try:
         names = np.array(json.loads(text))
         if names.ndim != 1 or names.dtype.kind != "U" or codes.min(initial=0) < 0:
@@ -217,59 +218,66 @@ def _decode_subset(path, codes, text):
         return names[codes]
     except (ValueError, IndexError):
         raise InputError(
-            f"{path}: expected subset to hold positions in the JSON list subset_names of its metadata, found "
-            f"{text[:60]!r} for {codes.dtype} {codes.min(initial=0)} to {codes.max(initial=0)}"
+            f"{path}: expected subset to hold positions in the JSON list subset_names of the "
+            f"metadata, found {codes.dtype} positions {codes.min(initial=0)} to "
+            f"{codes.max(initial=0)} and the list {text[:60]!r}"
         ) from None
 
 
 def _read_parquet(path):
-    """As _read_npz; the columns are filled block by block, each in its own dtype."""
+    """({known name: array}, [unknown names]) of a .parquet file, read in blocks of rows.
+
+    Each array has the dtype of its column.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise InputError(
-            f"{path}: expected pyarrow to read .parquet, found none; install it, or save .npz"
+            f"{path}: pyarrow, which reads .parquet, is not installed; install it, or save .npz"
         ) from None
-    arrays, done = {}, 0
+    arrays, start = {}, 0
     try:
         with parquet.ParquetFile(path) as file:
-            found, n = file.schema_arrow.names, file.metadata.num_rows
-            columns = [name for name in NAMES if name in found]
+            names, n = file.schema_arrow.names, file.metadata.num_rows
+            columns = [name for name in NAMES if name in names]
             for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
                 for name in columns:
-                    block = _parquet_block(path, name, batch.column(name), done)
+                    block = _parquet_block(path, name, batch.column(name), start)
                     if name not in arrays:
                         arrays[name] = np.empty((n, *block.shape[1:]), block.dtype)
-                    elif arrays[name].shape[1:] != block.shape[1:]:
-                        raise _ragged(path, name, done, arrays[name].shape[1:], block.shape[1:])
-                    elif (
-                        block.dtype.kind == "U" and block.itemsize > arrays[name].itemsize
-                    ):  # longer names than before
-                        arrays[name] = arrays[name].astype(block.dtype)
-                    arrays[name][done : done + len(block)] = block
-                done += batch.num_rows
+                    array = arrays[name]
+                    if array.shape[1:] != block.shape[1:]:
+                        raise _ragged(path, name, start, array.shape[1:], block.shape[1:])
+                    if block.dtype.kind == "U" and block.itemsize > array.itemsize:
+                        # NumPy would cut names that are longer than those of the first block
+                        array = arrays[name] = array.astype(block.dtype)
+                    array[start : start + len(block)] = block
+                start += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable(path, "a whole .parquet file", error) from None
     if n == 0:
         raise InputError(f"{path}: expected at least one pair, found no rows")
-    return arrays, sorted(set(found) - set(NAMES))
+    return arrays, sorted(set(names) - set(NAMES))
 
 
 def _parquet_block(path, name, column, start):
-    """A block of a column, whose first row is row `start` of the file, as an array: (rows, lengths of its lists)."""
+    """One block of a column as an array, (rows, lengths of the lists in them).
+
+    start: number of the first row of the block in the file. Raises InputError for null and for
+    lists of different lengths.
+    """
     import pyarrow.compute
     from pyarrow import types
 
     shape, values_per_row = [len(column)], 1
+    # each turn checks and removes one level of lists, until the column holds plain values
     while True:
         if column.null_count:
-            row = (
-                start
-                + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))) // values_per_row
-            )
+            position = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
             raise InputError(
-                f"{path}: expected {name} in every row, found null in row {row}; drop the row or fill it"
+                f"{path}: expected {name} in every row, found null in row "
+                f"{start + position // values_per_row}; drop the row or fill in the value"
             )
         if not (
             types.is_list(column.type)
@@ -277,14 +285,13 @@ def _parquet_block(path, name, column, start):
             or types.is_fixed_size_list(column.type)
         ):
             break
-        sizes = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
-        odd = int(np.argmax(sizes != sizes[0]))
-        if sizes[odd] != sizes[0]:
-            raise _ragged(
-                path, name, start + odd // values_per_row, (int(sizes[0]),), (int(sizes[odd]),)
-            )
-        shape.append(int(sizes[0]))
-        values_per_row *= shape[-1]
+        lengths = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
+        length, odd = int(lengths[0]), int(np.argmax(lengths != lengths[0]))
+        if lengths[odd] != length:
+            row = start + odd // values_per_row
+            raise _ragged(path, name, row, (length,), (int(lengths[odd]),))
+        shape.append(length)
+        values_per_row *= length
         column = column.flatten()
         if not len(column):
             break
@@ -298,15 +305,18 @@ def _parquet_block(path, name, column, start):
 
 
 def _ragged(path, name, row, expected, found):
+    """InputError for a row whose list has another length than those before."""
     return InputError(
-        f"{path}: expected {name} of one length in every row, {expected}, found {found} in row {row}"
+        f"{path}: expected {name} of the same length in every row, {expected}, "
+        f"found {found} in row {row}"
     )
 
 
 def _unreadable(path, expected, error):
+    """InputError for a file that its format's reader refused with `error`."""
     reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
     return InputError(
-        f"{path}: expected {expected}, found an unreadable one ({reason}); make it again"
+        f"{path}: expected {expected}, found a file that cannot be read ({reason}); make it again"
     )
 
 
@@ -314,53 +324,70 @@ def _unreadable(path, expected, error):
 
 
 def _side_names(arrays):
-    return (
-        ("embeddings (chosen)", "embeddings (rejected)")
-        if "embeddings" in arrays
-        else ("chosen", "rejected")
-    )
+    """How error messages name the chosen and the rejected embeddings."""
+    if "embeddings" in arrays:
+        return "embeddings (chosen)", "embeddings (rejected)"
+    return "chosen", "rejected"
 
 
-def _sides(path, arrays, others):
-    """[chosen (n, D), rejected (n, D)]; InputError on another shape or dtype, or on no pairs."""
+def _sides(path, arrays, unknown_names):
+    """[chosen (n, D), rejected (n, D)]; InputError for another shape or dtype, or for no pairs."""
     if "embeddings" in arrays and not {"chosen", "rejected"} & arrays.keys():
         array = arrays["embeddings"]
         _check_floats(path, "embeddings", array, "(n, 2, D), chosen then rejected", 3)
         if array.shape[1] != 2:
             raise InputError(
-                f"{path}: expected embeddings of shape (n, 2, D), chosen then rejected, found {array.shape}; "
-                "one row holds the two responses of a pair"
+                f"{path}: expected embeddings of shape (n, 2, D), chosen then rejected, "
+                f"found {array.shape}; one row holds the two responses of a pair"
             )
         return [array[:, 0], array[:, 1]]
     if "embeddings" in arrays or not {"chosen", "rejected"} <= arrays.keys():
-        found = ", ".join([*arrays, *others]) or "nothing"
+        names = ", ".join([*arrays, *unknown_names]) or "no arrays"
         raise InputError(
-            f"{path}: expected either embeddings (n, 2, D) or chosen and rejected (n, D), found {found}"
+            f"{path}: expected either embeddings (n, 2, D) or chosen and rejected (n, D), "
+            f"found {names}"
         )
     for name in ("chosen", "rejected"):
         _check_floats(path, name, arrays[name], "(n, D)", 2)
     if arrays["chosen"].shape != arrays["rejected"].shape:
         raise InputError(
-            f"{path}: expected rejected of shape {arrays['chosen'].shape} as chosen, found {arrays['rejected'].shape}; "
-            "row i of either is pair i"
+            f"{path}: expected rejected of the shape of chosen, {arrays['chosen'].shape}, found "
+            f"{arrays['rejected'].shape}; row i of either array belongs to pair i"
         )
     return [arrays["chosen"], arrays["rejected"]]
 
 
+def _prompt_keys(path, arrays):
+    """{name: (n,) keys} of the arrays that tell which pairs share a prompt."""
+    keys = {}
+    if "prompt_ids" in arrays:
+        keys["prompt_ids"] = _names(path, "prompt_ids", arrays["prompt_ids"])
+    if "prompt_embeddings" in arrays:
+        embeddings = arrays["prompt_embeddings"]
+        _check_floats(path, "prompt_embeddings", embeddings, "(n, dimensions)", 2)
+        keys["prompt_embeddings"] = _row_digests(path, "prompt_embeddings", embeddings)
+    return keys
+
+
 def _check_floats(path, name, array, axes, rank):
+    """InputError unless `array` has `rank` axes, none of them empty, and a dtype of DTYPES."""
     if array.ndim != rank or array.dtype.name not in DTYPES:
         raise InputError(
-            f"{path}: expected {name} of shape {axes} and dtype {' / '.join(DTYPES)}, found {array.shape} of "
-            f"{array.dtype.name}"
+            f"{path}: expected {name} of shape {axes} and dtype {' / '.join(DTYPES)}, "
+            f"found {array.shape} of {array.dtype.name}"
         )
     if 0 in array.shape:
         raise InputError(
-            f"{path}: expected at least one pair and one dimension, found {name} of shape {array.shape}"
+            f"{path}: expected at least one pair and one dimension, "
+            f"found {name} of shape {array.shape}"
         )
 
 
 def _row_digests(path, name, array):
-    """(n,) digest of every row, equal for equal rows; InputError at the first that is not finite. In bounded memory."""
+    """Digests (n,) of the rows, equal for equal rows, whatever the float type. Reads in blocks.
+
+    Raises InputError at the first row with a value that is not finite.
+    """
     step = max(1, BLOCK_BYTES // (4 * array.shape[1]))
     digests = []
     for start in range(0, len(array), step):
@@ -369,44 +396,43 @@ def _row_digests(path, name, array):
         if not finite.all():
             row, column = np.unravel_index(np.argmin(finite), finite.shape)
             raise InputError(
-                f"{path}: expected finite numbers, found {block[row, column]} in row {start + int(row)} of {name}; "
-                "embed that text again"
+                f"{path}: expected finite numbers, found {block[row, column]} in row "
+                f"{start + int(row)} of {name}; embed that text again"
             )
-        block = np.ascontiguousarray(block, np.float32) + np.float32(
-            0
-        )  # -0.0 and 0.0 are one number
+        # adding 0 turns -0.0 into 0.0: equal numbers must have equal bytes
+        block = np.ascontiguousarray(block, np.float32) + np.float32(0)
         digests += [hashlib.blake2b(row, digest_size=16).digest() for row in block]
     return np.array(digests, "S16")
 
 
 def _names(path, name, array):
-    """(n,) of text or whole numbers."""
+    """The (n,) array of text or whole numbers, bytes decoded as UTF-8; else InputError."""
     array = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else np.asarray(array)
     if array.ndim != 1 or array.dtype.kind not in "Uiu":
         raise InputError(
-            f"{path}: expected {name} of shape (n,), text or whole numbers, found {array.shape} of {array.dtype}"
+            f"{path}: expected {name} of shape (n,), text or whole numbers, "
+            f"found {array.shape} of {array.dtype}"
         )
     return array
 
 
 def _ties(path, array):
+    """The (n,) array of ties as bool; InputError for another shape or other values."""
     if array.ndim != 1 or not np.isin(array, (0, 1)).all():
         raise InputError(
-            f"{path}: expected ties of shape (n,), True or False, found {array.shape} of {array.dtype}"
+            f"{path}: expected ties of shape (n,), True or False, "
+            f"found {array.shape} of {array.dtype}"
         )
     return np.asarray(array, bool)
 
 
 def _lengths(path, array):
-    if (
-        array.ndim != 2
-        or array.shape[1] != 2
-        or array.dtype.kind not in "iuf"
-        or not (np.isfinite(array).all())
-    ):
+    """The (n, 2) lengths in characters as float64; InputError for another shape or dtype."""
+    is_two_columns = array.ndim == 2 and array.shape[1] == 2 and array.dtype.kind in "iuf"
+    if not is_two_columns or not np.isfinite(array).all():
         raise InputError(
-            f"{path}: expected length_chars of shape (n, 2), chosen then rejected, all finite, found {array.shape} of "
-            f"{array.dtype}"
+            f"{path}: expected length_chars of shape (n, 2), chosen then rejected, all finite, "
+            f"found {array.shape} of {array.dtype}"
         )
     return np.asarray(array, float)
 
@@ -414,25 +440,26 @@ def _lengths(path, array):
 # -------------------------------------------------------------------------------------------- links
 
 
-def link(n, keys):
-    """(n,) group numbers of n rows: rows that have a key in common, directly or through other rows, are one group.
+def link(n: int, keys: list[np.ndarray]) -> np.ndarray:
+    """Group numbers (n,) of n rows: rows that share a key, directly or through others, are a group.
 
-    keys: arrays of n, 2n, ... keys, one name space each; key i belongs to row i modulo n. The
-    groups are the connected components of the graph of rows and keys, numbered by their first row.
+    keys: arrays of n, 2n, ... keys; key i belongs to row i modulo n, and keys of different arrays
+    never count as shared. The groups are the connected components of the graph of rows and keys,
+    numbered in the order of their first rows.
     """
-    rows, nodes, size = [np.arange(0)], [np.arange(0)], n
+    rows, nodes, n_nodes = [np.arange(0)], [np.arange(0)], n
     for column in keys:
-        found, key = np.unique(column, return_inverse=True)
+        distinct, key = np.unique(column, return_inverse=True)
         rows.append(np.arange(len(column)) % n)
-        nodes.append(size + key)
-        size += len(found)
+        nodes.append(n_nodes + key)
+        n_nodes += len(distinct)
     rows, nodes = np.concatenate(rows), np.concatenate(nodes)
-    graph = coo_array((np.ones(len(rows), np.int8), (rows, nodes)), shape=(size, size))
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, nodes)), shape=(n_nodes, n_nodes))
     labels = connected_components(graph, directed=False)[1][:n]
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse]
 
 
 def _n_linked(groups):
-    """How many rows share their group with another row."""
+    """Number of rows whose group holds another row as well."""
     return int((np.bincount(groups)[groups] > 1).sum())

@@ -217,12 +217,14 @@ def test_what_was_found_is_told(tmp_path):
     lines = pair_files.describe(pair_files.load(write(tmp_path, "npz", content)).about)
     assert lines == [
         "4 preference pairs x 3 dimensions, 1 of them ties",
-        "2 pairs linked to others, 0 by their prompt, 2 by an answer alone: 3 groups, the largest of 2, each on one "
-        "side of every split",
-        "warning: neither prompt_ids nor prompt_embeddings: two pairs on one prompt may be on two sides of a split",
-        "1 pairs hold one embedding twice: no model can order them, they count one half",
-        "not used: prompt_id; known: embeddings, chosen, rejected, prompt_embeddings, prompt_ids, subset, ties, "
-        "length_chars",
+        "2 pairs linked to others, 0 by their prompt, 2 by an answer alone: 3 groups, the largest "
+        "of 2 pairs; a split never divides a group",
+        "warning: the file has neither prompt_ids nor prompt_embeddings: a split may put pairs on "
+        "the same prompt on both sides",
+        "pairs whose two embeddings are identical: 1; no model can order them, so each counts as "
+        "half right",
+        "not used: prompt_id; known: embeddings, chosen, rejected, prompt_embeddings, prompt_ids, "
+        "subset, ties, length_chars",
     ]
 
 
@@ -265,7 +267,7 @@ def with_nan(array, *at):
         ),
         (
             {"chosen": values()[:, 0], "rejected": values()[:, 0, :2]},
-            r"rejected of shape \(5, 3\).*found \(5, 2\)",
+            r"rejected of the shape of chosen, \(5, 3\), found \(5, 2\)",
         ),
         (
             {"embeddings": with_nan(values(), 3, 1, 2)},
@@ -347,7 +349,7 @@ def test_nothing_is_unpickled(tmp_path, how):
     [
         ("pairs.npy", "expected a file named .npz, .safetensors, .parquet, found .npy"),
         ("pairs", "found no extension"),
-        ("pairs.npz", "expected a file of preference pairs, found none"),
+        ("pairs.npz", "no such file of preference pairs; check the path"),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, message):
@@ -362,7 +364,7 @@ def test_bfloat16_is_refused_by_name(tmp_path):
     save_tensors(
         {"embeddings": torch.ones(3, 2, 2, dtype=torch.bfloat16)}, tmp_path / "pairs.safetensors"
     )
-    with pytest.raises(InputError, match="found BF16; save it as float16 or float32"):
+    with pytest.raises(InputError, match="found BF16; save the array as float16 or float32"):
         pair_files.load(tmp_path / "pairs.safetensors")
 
 
@@ -381,7 +383,7 @@ def test_codes_without_a_name_are_refused(tmp_path, codes):
     [
         (
             [[1.0, 2], [1], [1, 2]],
-            r"chosen of one length in every row, \(2,\), found \(1,\) in row 1",
+            r"chosen of the same length in every row, \(2,\), found \(1,\) in row 1",
         ),
         ([[1.0, 2], [3, 4], [1, 2, 3]], r"found \(3,\) in row 2"),
         ([[1.0, 2], None, [1, 2]], "expected chosen in every row, found null in row 1"),
@@ -404,7 +406,8 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
     path = write(tmp_path, "parquet", {"embeddings": values()})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        InputError, match="expected pyarrow to read .parquet, found none; install it, or save .npz"
+        InputError,
+        match="pyarrow, which reads .parquet, is not installed; install it, or save .npz",
     ):
         pair_files.load(path)
 

@@ -685,7 +685,10 @@ def test_what_was_annotated_can_be_kept():
             {"rewards": [[1, 2, 3]] * 3 + [[1, np.nan, 3]]},
             "rewards: expected finite numbers, found nan at prompt 3, resp",
         ),
-        ({"rewards": np.ones((4, 3))}, "golden rewards: expected pairs that differ"),
+        (
+            {"rewards": np.ones((4, 3))},
+            r"golden rewards: both sides of all \d+ pairs have the same reward",
+        ),
         ({"annotation_quality": np.nan}, "annotation_quality: expected a finite number, found nan"),
         (
             {"annotation_quality": "high"},

@@ -1,1 +1,1 @@
-"""Files of embeddings, rewards and preferences; prompt splits; annotated pairs."""
+"""Files of embeddings, rewards and preferences; splits of the prompts; annotated pairs."""

@@ -1,7 +1,7 @@
-"""Preference pairs: which responses are compared, and what a noisy annotator says of them.
+"""Preference pairs: which responses are compared, and which of the two a noisy annotator prefers.
 
-A response is named by its (prompt, response) indices; a pair by two of those. Nothing here touches
-embeddings.
+A response is given by its (prompt, response) indices, a pair by the indices of its two sides. This
+module reads no embeddings.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ REDRAWS = 100
 class Pairs:
     """M annotated pairs.
 
-    prompts: (M, 2) prompt of either side; responses: (M, 2) response of either side; labels: (M,)
-    1.0 where side 0 was preferred, else 0.0; probability: (M,) chance that side 0 is preferred;
-    reward_diff: (M,) golden reward of side 0 minus side 1; folds: (M,) fold of the pair's prompts;
-    n_equal: pairs left out because of equal golden rewards.
+    prompts: (M, 2) prompt of each side; responses: (M, 2) response of each side; labels: (M,) 1.0
+    where side 0 was preferred, else 0.0; probability: (M,) probability that side 0 is preferred;
+    reward_diff: (M,) golden reward of side 0 minus that of side 1; folds: (M,) fold of the prompts
+    of the pair; n_equal: number of pairs left out because their golden rewards are equal.
     """
 
     prompts: np.ndarray
@@ -32,22 +32,27 @@ class Pairs:
     n_equal: int
 
     @property
-    def label_error(self):
-        """Share of labels that contradict the golden order."""
+    def label_error(self) -> float:
+        """Share of the labels that contradict the order of the golden rewards."""
         return float(np.mean((self.labels == 1) != (self.reward_diff > 0)))
 
 
-def between_prompt_share(rewards):
-    """Share of the variance of (n, K) rewards that lies between prompts (analysis of variance, random effects)."""
+def between_prompt_share(rewards: np.ndarray) -> float:
+    """Share of the variance of the rewards (n, K) that lies between prompts.
+
+    One-way analysis of variance with random effects; negative estimates count as 0.
+    """
     within = rewards.var(axis=1, ddof=1).mean()
     between = max(0.0, rewards.mean(1).var(ddof=1) - within / rewards.shape[1])
     return float(between / (between + within)) if between + within > 0 else 0.0
 
 
-def candidates(rewards, consider_first_n):
-    """Responses of each prompt that may be paired, (n, C): 2 = all K; -1 = lowest and highest; -2 = the middle two.
+def candidates(rewards: np.ndarray, consider_first_n: int) -> np.ndarray:
+    """Responses of each prompt that may be paired, (n, C).
 
-    Ranks are computed from the (n, K) rewards; the file order of responses means nothing.
+    consider_first_n: 2 takes all K responses, -1 those of the lowest and the highest reward, -2
+    those of the two middle ranks. Ranks are computed from the rewards (n, K); the order of the
+    responses in the files means nothing.
     """
     n, n_responses = rewards.shape
     if consider_first_n == 2:
@@ -58,116 +63,149 @@ def candidates(rewards, consider_first_n):
     return order[:, chosen]
 
 
-def same_prompt(pool, n_pairs, rng):
-    """n_pairs different unordered pairs of each prompt's pool (n, C): prompts (M, 2) positions, responses (M, 2)."""
+def same_prompt(
+    pool: np.ndarray, n_pairs: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """n_pairs different unordered pairs of responses to each prompt.
+
+    pool: (n, C) responses that may be paired. Returns prompts (M, 2), as positions in `pool`, and
+    responses (M, 2), M = n * n_pairs. Raises InputError if the pool holds fewer pairs.
+    """
     n, size = pool.shape
     first, second = np.triu_indices(size, 1)
     if n_pairs > len(first):
         raise InputError(
-            f"n_pairs: expected at most {len(first)} same-prompt pairs from {size} responses, found {n_pairs}; lower it"
+            f"n_pairs: expected at most {len(first)} same-prompt pairs from {size} responses, "
+            f"found {n_pairs}; lower n_pairs"
         )
+    # sorting random numbers draws pairs without replacement, for all prompts at once
     chosen = np.argsort(rng.random((n, len(first))), axis=1)[:, :n_pairs]
-    responses = np.stack(
-        [np.take_along_axis(pool, side[chosen], 1) for side in (first, second)], -1
-    ).reshape(-1, 2)
+    sides = [np.take_along_axis(pool, side[chosen], 1) for side in (first, second)]
+    responses = np.stack(sides, -1).reshape(-1, 2)
     prompts = np.repeat(np.arange(n), n_pairs)
     return np.stack([prompts, prompts], 1), responses
 
 
-def cross_prompt(pool, folds, n_pairs, rng):
-    """n_pairs rounds that pair every prompt with another of its fold.
+def cross_prompt(
+    pool: np.ndarray, folds: np.ndarray, n_pairs: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of responses to different prompts: n_pairs rounds, each prompt once per side and round.
 
-    pool: (n, C) responses that may be paired; folds: (n,). Prompts of a pair share a fold, so
-    holding a fold out leaves no pair across the border. No pair comes twice, in either order: a
-    repeated one gets another partner. Returns prompts (M, 2) positions and responses (M, 2), M = n
-    * n_pairs.
+    pool: (n, C) responses that may be paired; folds: (n,). The two prompts of a pair share a fold,
+    so a held-out fold shares no pair with the others. No pair comes twice, in either order: a
+    repeated pair gets another second prompt. Returns prompts (M, 2), as positions in `pool`, and
+    responses (M, 2), M = n * n_pairs. Raises InputError for a fold of one prompt, or if repeated
+    pairs remain after REDRAWS attempts.
     """
     n, size = pool.shape
     prompts = np.empty((n_pairs, n, 2), int)
     for fold in np.unique(folds):
-        at = np.flatnonzero(folds == fold)
-        if len(at) < 2:
+        members = np.flatnonzero(folds == fold)
+        if len(members) < 2:
             raise InputError(
-                f"cross-prompt pairs: expected at least 2 prompts in a fold, found {len(at)}; add prompts"
+                f"cross-prompt pairs: expected at least 2 prompts in a fold, found {len(members)}; "
+                "add prompts"
             )
         for turn in range(n_pairs):
-            ring = rng.permutation(at)
-            prompts[turn, at] = np.stack([ring, np.roll(ring, 1 + turn % (len(at) - 1))], 1)
+            ring = rng.permutation(members)
+            # a shift of 1 ... len - 1 never pairs a prompt with itself
+            partners = np.roll(ring, 1 + turn % (len(members) - 1))
+            prompts[turn, members] = np.stack([ring, partners], 1)
     prompts = prompts.reshape(-1, 2)
     responses = pool[prompts, rng.integers(size, size=prompts.shape)]
     for _ in range(REDRAWS):
-        again = _repeated(prompts, responses)
-        if not len(again):
+        repeated = _repeated(prompts, responses)
+        if not len(repeated):
             return prompts, responses
-        for i in again:
-            others = np.flatnonzero(folds == folds[prompts[i, 0]])
-            prompts[i, 1] = rng.choice(others[others != prompts[i, 0]])
-        responses[again] = pool[prompts[again], rng.integers(size, size=(len(again), 2))]
+        for row in repeated:
+            members = np.flatnonzero(folds == folds[prompts[row, 0]])
+            prompts[row, 1] = rng.choice(members[members != prompts[row, 0]])
+        drawn_responses = rng.integers(size, size=(len(repeated), 2))
+        responses[repeated] = pool[prompts[repeated], drawn_responses]
     raise InputError(
-        f"n_pairs: expected few enough to be all different on {n} prompts, found {n_pairs}; lower it"
+        f"n_pairs: {n_pairs} pairs for each of {n} prompts could not all be made different; "
+        "lower n_pairs"
     )
 
 
 def _repeated(prompts, responses):
-    """Rows whose two responses, in either order, form an earlier pair as well."""
-    response = prompts * (responses.max() + 1) + responses
-    _, first = np.unique(np.sort(response, axis=1), axis=0, return_index=True)
+    """Rows whose two responses, in either order, are the pair of an earlier row."""
+    response_ids_M2 = prompts * (responses.max() + 1) + responses
+    _, first = np.unique(np.sort(response_ids_M2, axis=1), axis=0, return_index=True)
     return np.setdiff1d(np.arange(len(prompts)), first)
 
 
-def bootstrap(prompts, rng):
-    """Positions of pairs when their prompts are drawn with replacement, all pairs of a drawn prompt together.
+def bootstrap(prompts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Positions of the pairs in a bootstrap sample of the prompts.
 
-    prompts: (m,) prompt of side 0 of each pair.
+    Prompts are drawn with replacement, each with all its pairs. prompts: (m,) prompt of side 0 of
+    each pair.
     """
     order = np.argsort(prompts, kind="stable")
     by_prompt = np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1)
-    return np.concatenate([by_prompt[i] for i in rng.integers(len(by_prompt), size=len(by_prompt))])
+    n = len(by_prompt)
+    return np.concatenate([by_prompt[i] for i in rng.integers(n, size=n)])
 
 
-def annotate(reward_diff, quality, scale, rng):
-    """Labels of a noisy annotator: P(side 0 preferred) = sigmoid(quality * reward_diff / scale).
+def annotate(
+    reward_diff: np.ndarray, quality: float, scale: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (M,) of a noisy annotator, and the probabilities (M,) that side 0 is preferred.
 
-    quality < 0 gives the golden order. Returns labels (M,) and probabilities (M,).
+    P(side 0 preferred) = sigmoid(quality * reward_diff / scale), arXiv 2411.04991, section 4.
+    reward_diff: (M,) golden reward of side 0 minus that of side 1; scale in the same unit. A
+    quality below 0 stands for a perfect annotator.
     """
     if quality < 0:
         probability = (reward_diff > 0).astype(float)
     else:
-        probability = np.exp(-np.logaddexp(0, -quality * reward_diff / scale))
+        probability = np.exp(-np.logaddexp(0, -quality * reward_diff / scale))  # does not overflow
     return (rng.random(len(probability)) < probability).astype(float), probability
 
 
-def build(rewards, folds, *, pairing, consider_first_n, n_pairs, quality, scale, rng):
-    """Pairs of n prompts with (n, K) golden rewards and (n,) folds, annotated; sides in random order.
+def build(
+    rewards: np.ndarray,
+    folds: np.ndarray,
+    *,
+    pairing: str,
+    consider_first_n: int,
+    n_pairs: int,
+    quality: float,
+    scale: float,
+    rng: np.random.Generator,
+) -> Pairs:
+    """Annotated pairs of responses to n prompts, with the two sides in random order.
 
-    pairing: "xprompt" or "sameprompt"; n_pairs per prompt. Prompt numbers are positions in
-    `rewards`. Pairs of equal golden reward carry no information on the order: they are left out and
-    counted.
+    rewards: (n, K) golden rewards; folds: (n,); pairing: "xprompt" for `cross_prompt`, "sameprompt"
+    for `same_prompt`; n_pairs: pairs per prompt; consider_first_n: see `candidates`; quality and
+    scale: see `annotate`. Prompt numbers are positions in `rewards`. Pairs of equal golden reward
+    carry no information on the order: they are left out and counted. Raises InputError where no
+    pair is left.
     """
     pool = candidates(rewards, consider_first_n)
     if pairing == "xprompt":
         prompts, responses = cross_prompt(pool, folds, n_pairs, rng)
     else:
         prompts, responses = same_prompt(pool, n_pairs, rng)
-    turned = rng.random(len(prompts)) < 0.5
-    prompts[turned], responses[turned] = prompts[turned, ::-1], responses[turned, ::-1]
+    swapped = rng.random(len(prompts)) < 0.5
+    prompts[swapped], responses[swapped] = prompts[swapped, ::-1], responses[swapped, ::-1]
     difference = rewards[prompts[:, 0], responses[:, 0]] - rewards[prompts[:, 1], responses[:, 1]]
-    keep = difference != 0
+    keep = difference != 0  # True where the two rewards differ
     if not keep.any():
         raise InputError(
-            f"golden rewards: expected pairs that differ, found {len(keep)} pairs of equal reward; "
-            "no preference can be learned and no ranking metric is defined"
+            f"golden rewards: both sides of all {len(keep)} pairs have the same reward: no "
+            "preference can be learned and no ranking metric is defined; check the reward files"
         )
     prompts, responses, difference = prompts[keep], responses[keep], difference[keep]
     labels, probability = annotate(difference, quality, scale, rng)
     return Pairs(
-        prompts,
-        responses,
-        labels,
-        probability,
-        difference,
-        folds[prompts[:, 0]],
-        int((~keep).sum()),
+        prompts=prompts,
+        responses=responses,
+        labels=labels,
+        probability=probability,
+        reward_diff=difference,
+        folds=folds[prompts[:, 0]],
+        n_equal=int((~keep).sum()),
     )
 
 

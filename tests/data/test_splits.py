@@ -70,7 +70,7 @@ def test_too_few_prompts_are_refused(n):
 
 
 def test_two_distinct_prompts_cannot_make_three_parts():
-    with pytest.raises(InputError, match="three parts, found 2 distinct of 20"):
+    with pytest.raises(InputError, match="three parts, found 2 distinct prompts among 20"):
         splits.split_prompts(np.arange(20) % 2, 6)
 
 
@@ -118,9 +118,8 @@ def test_a_saved_split_comes_back(tmp_path):
 @pytest.mark.parametrize("n", [22, 24])
 def test_the_split_of_other_data_is_refused(tmp_path, n):
     splits.save(tmp_path, splits.split_prompts(np.arange(23), 6), 6)
-    with pytest.raises(
-        InputError, match=f"expected each of {n} prompts once, found another data set; run step 5"
-    ):
+    message = f"expected each of {n} prompts once; this split belongs to another data set: run step"
+    with pytest.raises(InputError, match=message):
         splits.load(tmp_path, n)
 
 

@@ -653,7 +653,7 @@ def test_reward_models_of_other_data_are_refused(run):
 
 def test_data_with_another_number_of_prompts_are_refused(run):
     with pytest.raises(
-        InputError, match="expected each of 21 prompts once, found another data set"
+        InputError, match="expected each of 21 prompts once; this split belongs to another data set"
     ):
         run_record.open_run(run[0], dict(SETTINGS), responses(n=21))
 

@@ -321,7 +321,7 @@ def test_without_a_root(tmp_path, monkeypatch):
     shutil.rmtree("elsewhere")
     check(load(None), values(plus=10))
     with pytest.raises(
-        InputError, match="absent: expected a folder .* check root, or set EMBD_REPO_DIR"
+        InputError, match="absent: no such folder .* check root, or set EMBD_REPO_DIR"
     ):
         load("absent")
 

@@ -285,7 +285,7 @@ def test_nothing_found_names_the_patterns_and_what_is_similar(tmp_path, source, 
         convert(source, out, "--embed_model", "gemma7b")
     with pytest.raises(InputError, match="found no embedding file at all"):
         convert(empty, out)
-    with pytest.raises(InputError, match="expected a folder"):
+    with pytest.raises(InputError, match="absent: no such folder"):
         convert(source / "absent", out)
     assert not out.exists()
 
@@ -320,7 +320,7 @@ def test_missing_train_file_is_refused(tmp_path, out):
 
 
 def test_another_task_needs_a_dataset(source, out):
-    with pytest.raises(InputError, match="expected --dataset beside it"):
+    with pytest.raises(InputError, match="--task summarize: this task needs --dataset as well"):
         convert(source, out, "--task", "summarize")
 
 

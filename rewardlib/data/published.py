@@ -1,12 +1,16 @@
 """Published embedding files: how they are named, found and read, and which of their axes is which.
 
-    1  EMBD_{dataset}_{embed}_{gen}_{split}.npy (K, N, D)         REWARD_{dataset}_{rm}_{gen}_{split}.npy (K, N)
-    2  EMBD-{SPLIT}-embd_model_name_{embed}_dataset_orig_...      REWARD-{SPLIT}-... of the same name, or the short
-       (K, N, D)                                                  REWARD-{SPLIT}-{task}{-sft_obj}-{gen}.npy (K, N)
-    3  embd_{gen}_{embed}_{task}_{split}.npy (N, K, D)            reward_{gen}_{embed}_{task}_{split}.npy (N, K, 1)
+Three formats of file names, embeddings first, then rewards:
+    1  EMBD_{dataset}_{embed}_{gen}_{split}.npy               (K, N, D)
+       REWARD_{dataset}_{rm}_{gen}_{split}.npy                (K, N)
+    2  EMBD-{SPLIT}-embd_model_name_{embed}_dataset_orig_...  (K, N, D)
+       REWARD-{SPLIT}-... of the same name, or, in short,
+       REWARD-{SPLIT}-{task}{-sft_obj}-{gen}.npy              (K, N)
+    3  embd_{gen}_{embed}_{task}_{split}.npy                  (N, K, D)
+       reward_{gen}_{embed}_{task}_{split}.npy                (N, K, 1)
 
-Knows arrays and files; convert_embeddings.py is the command, notebook.load_embd_data the call. Each
-says in its own `words` what an error asks for.
+convert_embeddings.py and rewardlib.api.load_embd_data both read these files. Each passes its own
+`words`, in which an error tells its user what to set.
 """
 
 import difflib
@@ -20,16 +24,21 @@ import numpy as np
 from rewardlib.data.embeddings import DTYPES
 from rewardlib.errors import InputError
 
-_LONG = "{split}-embd_model_name_{embed}_dataset_orig_{dataset}_gen_pref_model_name_{gen}_golden_rm_name_{rm}.npy"
-FORMATS = {  # number: (name of the embedding file, names of the reward file with the preferred one first)
+_LONG = (
+    "{split}-embd_model_name_{embed}_dataset_orig_{dataset}_gen_pref_model_name_{gen}"
+    "_golden_rm_name_{rm}.npy"
+)
+# number: (name of the embedding file, names of the reward file with the preferred name first)
+FORMATS = {
     1: ("EMBD_{dataset}_{embed}_{gen}_{split}.npy", ["REWARD_{dataset}_{rm}_{gen}_{split}.npy"]),
     2: ("EMBD-" + _LONG, ["REWARD-" + _LONG, "REWARD-{split}-{short}.npy"]),
     3: ("embd_{gen}_{embed}_{task}_{split}.npy", ["reward_{gen}_{embed}_{task}_{split}.npy"]),
 }
-REWARD_AXES = {1: "KN", 2: "KN", 3: "NK"}
-SAME_MODEL = ("llama38b", "llama3-8b")
+REWARD_AXES = {1: "KN", 2: "KN", 3: "NK"}  # as each format documents them
+SAME_MODEL = ("llama38b", "llama3-8b")  # two names of one model
 TASKS = ("helpful", "harmless")
-COMMAND = {  # what settles a doubt, as the command line calls it
+# How the command line names the settings that an error asks for: the default of `words`.
+COMMAND = {
     "folder": "--embd_dir",
     "narrower": "a narrower --embd_dir",
     "files": "--embd_file and --reward_file",
@@ -42,31 +51,46 @@ COMMAND = {  # what settles a doubt, as the command line calls it
 
 @dataclass(frozen=True)
 class Source:
-    """One split in published form. shape is (K, N, D); axes ("KND" or "NKD") and reward_axes are those of the files."""
+    """The two files of one split in a published format.
+
+    format: number in FORMATS, None for a name of no format; axes: "KND" or "NKD", the order in the
+    embedding file; reward_axes: "KN" or "NK", the order in the reward file; shape: (K, N, D),
+    whatever the order in the file; dtype: of the embeddings.
+    """
 
     embedding: Path
     reward: Path
     format: int | None
     axes: str
     reward_axes: str
-    shape: tuple
+    shape: tuple[int, int, int]
     dtype: np.dtype
 
 
 # -------------------------------------------------------------------------------------------- names
 
 
-def names(task, dataset, sft_obj, embed_model, gen_model, reward_model=None):
-    """What fills the {fields} of the file names; the reward model may be None: any.
+def names(
+    task: str,
+    dataset: str | None,
+    sft_obj: str,
+    embed_model: str,
+    gen_model: str,
+    reward_model: str | None = None,
+) -> dict:
+    """The values of the {fields} in the file names to search for: a query for `find`.
 
-    Format 3 and the short reward name tell data sets apart by the task alone. Where `dataset` is
-    not one of the task's, they must carry its name instead, lest another data set's files are taken
-    for it.
+    sft_obj: the data of the supervised fine-tuning, "none" or "" where the file names have no such
+    suffix; dataset None: hh-rlhf-{task}-{sft_obj}, for a task in TASKS; reward_model None: any.
+
+    Format 3 and the short reward name of format 2 tell data sets apart by the task alone. If
+    `dataset` is not a data set of this task, these names must therefore hold the data set in place
+    of the task; otherwise files of another data set would fit.
     """
     sft = "" if sft_obj in ("", "none") else "-" + sft_obj.lstrip("-")
     if dataset is None and task.lower() not in TASKS:
         raise InputError(
-            f"--task {task}: expected --dataset beside it, found none; give the name used in the files"
+            f"--task {task}: this task needs --dataset as well; give the name used in the files"
         )
     if dataset is None:
         dataset = f"hh-rlhf-{task}{sft}"
@@ -84,76 +108,87 @@ def names(task, dataset, sft_obj, embed_model, gen_model, reward_model=None):
     }
 
 
-def embedding_files(files, split, *wanted):
-    """The embedding files of `split` ("train" or "test") that any of the names(...) `wanted` fits.
+def embedding_files(
+    files: list[Path], split: str, *queries: dict
+) -> dict[Path, tuple[int, dict, dict]]:
+    """The embedding files of `split` ("train" or "test") that fit any of the queries.
 
-    Returns {path: (format number, {field: value}, the names that fit)}. Names may hold "formats",
-    the numbers of those that they are for.
+    A query is what `names` returns; it may hold the key "formats", the numbers of the formats to
+    search. Returns {path: (format number, {field: value}, the query that fits)}.
     """
-    found = {}
-    for names in wanted:
-        for number in names.get("formats", FORMATS):
-            for path, fields in _matches(files, FORMATS[number][0], split, names):
-                found.setdefault(path, (number, fields, names))
-    return found
+    matches = {}
+    for query in queries:
+        for number in query.get("formats", FORMATS):
+            for path, fields in _matches(files, FORMATS[number][0], split, query):
+                matches.setdefault(path, (number, fields, query))
+    return matches
 
 
-def find(files, folder, split, *wanted, words=COMMAND):
-    """The (embedding, reward) paths of `split` ("train" or "test") among `files` of `folder`, for names(...) `wanted`.
+def find(
+    files: list[Path], folder: Path | str, split: str, *queries: dict, words: dict = COMMAND
+) -> tuple[Path, Path] | None:
+    """The (embedding, reward) paths of `split` ("train" or "test") that fit any of the queries.
 
-    Returns None where there is no embedding file; InputError where several fit or the reward file
-    is missing.
+    files: the files of `folder`, see `files_in`; queries: see `embedding_files`. Returns None if no
+    embedding file fits. Raises InputError if several fit, or if the reward file is missing.
     """
-    found = embedding_files(files, split, *wanted)
-    if not found:
+    matches = embedding_files(files, split, *queries)
+    if not matches:
         return None
-    fitting = [(path, fields) for path, (_, fields, _) in found.items()]
-    embedding, fields = _only(fitting, folder, f"{split} embedding", words)
-    number, _, names = found[embedding]
-    names = {**names, "rm": fields.get("rm", names["rm"])}
-    for template in FORMATS[number][1]:
-        if rewards := _matches(files, template, split, names):
+    candidates = [(path, fields) for path, (_, fields, _) in matches.items()]
+    embedding, fields = _only(candidates, folder, f"{split} embedding", words)
+    number, _, query = matches[embedding]
+    query = {**query, "rm": fields.get("rm", query["rm"])}
+    templates = FORMATS[number][1]
+    for template in templates:
+        if rewards := _matches(files, template, split, query):
             return embedding, _only(rewards, folder, f"{split} reward", words)[0]
-    templates, what_for = FORMATS[number][1], f" for {embedding.name}"
+    what_for = f" for {embedding.name}"
     raise not_found(
-        files, folder, split, names, templates=templates, what_for=what_for, words=words
+        files, folder, split, query, templates=templates, what_for=what_for, words=words
     )
 
 
-def not_found(files, folder, split, *wanted, templates=None, what_for="", words=COMMAND):
-    """InputError saying which names were looked for and which similar files there are."""
-    kind = "reward" if templates else "embedding"
-    looked_for = []
-    for names in wanted:
-        parts = templates or [FORMATS[number][0] for number in names.get("formats", FORMATS)]
-        looked_for += [
-            name for part in parts if (name := _readable(part, split, names)) not in looked_for
-        ]
-    others = {
-        path.name
-        for path in files
-        if path.name.lower().startswith("reward" if kind == "reward" else "embd")
-    }
+def not_found(
+    files: list[Path],
+    folder: Path | str,
+    split: str,
+    *queries: dict,
+    templates: list[str] | None = None,
+    what_for: str = "",
+    words: dict = COMMAND,
+) -> InputError:
+    """InputError that lists the names that were searched for and the most similar files.
+
+    templates: names of the missing reward file, None where the embedding file is missing.
+    """
+    kind, prefix = ("reward", "reward") if templates else ("embedding", "embd")
+    missing = []
+    for query in queries:
+        for template in templates or [FORMATS[i][0] for i in query.get("formats", FORMATS)]:
+            name = _readable(template, split, query)
+            if name not in missing:
+                missing.append(name)
 
     def likeness(name):
         return max(
-            difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio()
-            for other in looked_for
+            difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio() for other in missing
         )
 
+    others = {path.name for path in files if path.name.lower().startswith(prefix)}
     similar = sorted(sorted(others), key=likeness, reverse=True)[:4]
+    found = f"similar: {', '.join(similar)}" if similar else f"no {kind} file at all"
     return InputError(
-        f"{folder}: expected a {split} {kind} file{what_for} named {' or '.join(looked_for)}, found "
-        f"{'similar: ' + ', '.join(similar) if similar else f'no {kind} file at all'}; "
-        f"set {words['names']}, or give {words['files']}"
+        f"{folder}: expected a {split} {kind} file{what_for} named {' or '.join(missing)}, "
+        f"found {found}; set {words['names']}, or give {words['files']}"
     )
 
 
-def files_in(folder, words=COMMAND):
-    """The .npy files of `folder` and its sub-folders, in one fixed order."""
+def files_in(folder: Path | str, words: dict = COMMAND) -> list[Path]:
+    """The .npy files of `folder` and its sub-folders, sorted; InputError without that folder."""
     if not Path(folder).is_dir():
         raise InputError(
-            f"{folder}: expected a folder with published embedding files, found none; check {words['folder']}"
+            f"{folder}: no such folder of published embedding files; check {words['folder']}"
         )
     return sorted(
         path
@@ -162,70 +197,73 @@ def files_in(folder, words=COMMAND):
     )
 
 
-def read_name(path):
-    """(format number, {field: value}) of a published file name, (None, {}) of any other name."""
-    anything = dict.fromkeys(("dataset", "embed", "gen", "task", "rm", "short"), "[^_]+")
+def read_name(path: Path | str) -> tuple[int | None, dict]:
+    """(format number, {field: value}) of a published file name; (None, {}) for any other name."""
+    fields = ("dataset", "embed", "gen", "task", "rm", "short")
+    expressions = {**dict.fromkeys(fields, "[^_]+"), "split": "(?i:train|test)"}
     for number, (embedding, rewards) in FORMATS.items():
         for template in (embedding, *rewards):
-            if match := re.fullmatch(
-                _pattern(template, {**anything, "split": "(?i:train|test)"}), Path(path).name
-            ):
+            if match := re.fullmatch(_pattern(template, expressions), Path(path).name):
                 return number, {field: _plain(value) for field, value in match.groupdict().items()}
     return None, {}
 
 
 def _plain(value):
+    """The value of a field in lower case, with the first of SAME_MODEL for either."""
     return SAME_MODEL[0] if value.lower() in SAME_MODEL else value.lower()
 
 
-def _pattern(template, fields):
+def _pattern(template, expressions):
+    """Regular expression for a template, with expressions {field: regular expression} filled in."""
     parts = Formatter().parse(template)
     return "".join(
-        re.escape(text) + (f"(?P<{field}>{fields[field]})" if field else "")
+        re.escape(text) + (f"(?P<{field}>{expressions[field]})" if field else "")
         for text, field, *_ in parts
     )
 
 
-def _matches(files, template, split, wanted):
-    """[(path, {field: value})] of the files that `template` names, case aside."""
-    fields = {
-        field: _expression(value) for field, value in wanted.items() if value and field != "formats"
+def _matches(files, template, split, query):
+    """[(path, {field: value})] of the files named by `template` and `query`, in any case."""
+    expressions = {
+        field: _expression(value) for field, value in query.items() if value and field != "formats"
     }
-    fields["short"] = _expression(wanted["task"] + wanted["sft"]) + "-" + fields["gen"]
-    pattern = re.compile(
-        _pattern(template, {"rm": "[^_]+", "split": split, **fields}), re.IGNORECASE
-    )
-    hits = ((path, pattern.fullmatch(path.name)) for path in files)
-    return [(path, match.groupdict()) for path, match in hits if match]
+    expressions["short"] = _expression(query["task"] + query["sft"]) + "-" + expressions["gen"]
+    pattern = _pattern(template, {"rm": "[^_]+", "split": split, **expressions})
+    pattern = re.compile(pattern, re.IGNORECASE)
+    matches = ((path, pattern.fullmatch(path.name)) for path in files)
+    return [(path, match.groupdict()) for path, match in matches if match]
 
 
 def _expression(value):
-    return (
-        f"(?:{'|'.join(map(re.escape, SAME_MODEL))})"
-        if value.lower() in SAME_MODEL
-        else re.escape(value)
-    )
+    """Regular expression for the value of a field; either of SAME_MODEL stands for both."""
+    if value.lower() in SAME_MODEL:
+        return f"(?:{'|'.join(map(re.escape, SAME_MODEL))})"
+    return re.escape(value)
 
 
-def _readable(template, split, wanted):
-    shown = {**wanted, "split": split.upper() if "-{split}-" in template else split}
-    shown["rm"] = wanted["rm"] or "*"
-    shown["short"] = f"{wanted['task']}{wanted['sft']}-{wanted['gen']}"
-    return template.format_map(shown)
+def _readable(template, split, query):
+    """The file name that `template` and `query` ask for, with * for any reward model."""
+    fields = {**query, "split": split.upper() if "-{split}-" in template else split}
+    fields["rm"] = query["rm"] or "*"
+    fields["short"] = f"{query['task']}{query['sft']}-{query['gen']}"
+    return template.format_map(fields)
 
 
-def _only(found, folder, kind, words):
-    """The one (path, {field: value}) of `found`; InputError that says what tells them apart where there are several."""
-    if len(found) == 1:
-        return found[0]
+def _only(candidates, folder, kind, words):
+    """The only (path, {field: value}) of `candidates`; InputError if there are several.
+
+    The error names the setting that tells the candidates apart.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
     ways = [words["narrower"]]
     for setting, field in (("dataset", "dataset"), ("reward_model", "rm")):
-        values = {fields.get(field) for _, fields in found} - {None}
-        if len(values) == len(found):
+        values = {fields.get(field) for _, fields in candidates} - {None}
+        if len(values) == len(candidates):
             ways = [words[setting].format("|".join(sorted(values)))]
     raise InputError(
-        f"{folder}: expected one {kind} file, found {len(found)}: "
-        f"{', '.join(str(path.relative_to(folder)) for path, _ in found)}; "
+        f"{folder}: expected one {kind} file, found {len(candidates)}: "
+        f"{', '.join(str(path.relative_to(folder)) for path, _ in candidates)}; "
         f"choose with {', or with '.join(dict.fromkeys([*ways, words['files']]))}"
     )
 
@@ -233,20 +271,27 @@ def _only(found, folder, kind, words):
 # ------------------------------------------------------------------------------------------- arrays
 
 
-def open_source(embedding, reward, axes="auto", words=COMMAND):
-    """Check the headers of an embedding and a reward file and settle their axes. Returns a Source."""
-    (number, told), (reward_number, reward_told) = read_name(embedding), read_name(reward)
+def open_source(
+    embedding: Path | str, reward: Path | str, axes: str = "auto", words: dict = COMMAND
+) -> Source:
+    """The Source of an embedding and a reward file, after checking headers and settling axes.
+
+    axes: see `settle_axes`. Raises InputError for files that do not belong together, or for arrays
+    of other shapes or dtypes.
+    """
+    (number, fields), (reward_number, reward_fields) = read_name(embedding), read_name(reward)
     for field in ("split", "dataset", "gen"):
-        if field in told and field in reward_told and told[field] != reward_told[field]:
+        if field in fields and field in reward_fields and fields[field] != reward_fields[field]:
             raise InputError(
-                f"{reward}: expected the rewards of {field} {told[field]} as in {Path(embedding).name}, found "
-                f"{reward_told[field]}; give the file that belongs to it (or rename it if its name is wrong)"
+                f"{reward}: expected the rewards of {field} {fields[field]} as in "
+                f"{Path(embedding).name}, found {reward_fields[field]}; give the reward file of "
+                "these embeddings (or rename the file if its name is wrong)"
             )
     array, rewards = open_array(embedding), open_array(reward)
     if array.ndim != 3 or array.dtype.name not in DTYPES:
         raise InputError(
-            f"{embedding}: expected (responses, prompts, dimensions) of {' / '.join(DTYPES)}, found {array.shape} of "
-            f"{array.dtype.name}"
+            f"{embedding}: expected (responses, prompts, dimensions) of {' / '.join(DTYPES)}, "
+            f"found {array.shape} of {array.dtype.name}"
         )
     if rewards.dtype.kind not in "fiu":
         raise InputError(f"{reward}: expected numbers, found {rewards.dtype.name}")
@@ -256,62 +301,71 @@ def open_source(embedding, reward, axes="auto", words=COMMAND):
     )
     n, k = (array.shape[axes.index(axis)] for axis in "NK")
     return Source(
-        Path(embedding),
-        Path(reward),
-        number,
-        axes,
-        reward_axes,
-        (k, n, array.shape[2]),
-        array.dtype,
+        embedding=Path(embedding),
+        reward=Path(reward),
+        format=number,
+        axes=axes,
+        reward_axes=reward_axes,
+        shape=(k, n, array.shape[2]),
+        dtype=array.dtype,
     )
 
 
-def settle_axes(embedding, reward, number, axes, where, words=COMMAND):
-    """Which axis is K and which is N: ("KND" or "NKD" of the embeddings, "KN" or "NK" of the rewards).
+def settle_axes(
+    embedding_shape: tuple[int, ...],
+    reward_shape: tuple[int, ...],
+    number: int | None,
+    axes: str,
+    where: str,
+    words: dict = COMMAND,
+) -> tuple[str, str]:
+    """The axis orders: "KND" or "NKD" of the embeddings, and "KN" or "NK" of the rewards.
 
-    The rewards' two axes must equal the embeddings' first two, straight or swapped; that ties one
-    file to the other. Which of the two is K is documented twice, by shape (two axes: (K, N), three:
-    (N, K, 1)) and by format `number` (1 and 2: K first, 3: N first; None for a name of no format).
-    As both are known to be wrong at times, a documented reading is believed where it makes K the
-    smaller number. Where it does not, or K = N, the files cannot say: InputError, unless `axes`
-    ("KND" or "NKD", else "auto") tells the order of the embeddings. With K = N, `axes` holds for
-    both files. `embedding` and `reward` are shapes.
+    number: the format, None for a name of no format; axes: "KND" or "NKD" if the user gave the
+    order of the embeddings, else "auto"; where: the files, for error messages.
+
+    The two axes of the rewards must equal the first two of the embeddings, in this order or
+    swapped, which ties the axes of both files together. Two sources document which axis is K: the
+    number of axes of the rewards (two: (K, N), three: (N, K, 1)) and the format (1 and 2: K first,
+    3: N first). Both are known to be wrong at times, so a documented order is believed only if it
+    makes K the smaller number. If neither does, or if K = N, the files cannot settle the order:
+    InputError, unless `axes` does. If K = N, `axes` holds for both files.
     """
-    pair, first = tuple(reward[:2]), tuple(embedding[:2])
-    if (
-        len(reward) not in (2, 3)
-        or tuple(reward[2:]) not in ((), (1,))
-        or first not in (pair, pair[::-1])
-    ):
+    reward_pair, embedding_pair = tuple(reward_shape[:2]), tuple(embedding_shape[:2])
+    one_reward_each = len(reward_shape) in (2, 3) and tuple(reward_shape[2:]) in ((), (1,))
+    if not one_reward_each or embedding_pair not in (reward_pair, reward_pair[::-1]):
         raise InputError(
-            f"{where}: expected one reward for each embedding, found rewards {reward} and embeddings {embedding}; "
-            "the first two axes must agree, straight or swapped"
+            f"{where}: expected one reward for each embedding, found rewards {reward_shape} and "
+            f"embeddings {embedding_shape}; the first two axes must agree, in either order"
         )
-    documented = {"KN" if len(reward) == 2 else "NK", REWARD_AXES.get(number)}
-    likely = "KN" if pair[0] < pair[1] else "NK"
-    a, b = first
+    documented = {"KN" if len(reward_shape) == 2 else "NK", REWARD_AXES.get(number)}
+    likely = "KN" if reward_pair[0] < reward_pair[1] else "NK"
+    a, b = embedding_pair
     knd, nkd = (words["axes"].format(order) for order in ("KND", "NKD"))
     if axes == "auto" and a == b:
         raise InputError(
-            f"{where}: both axis orders fit embeddings {embedding}; give {knd} or {nkd}"
+            f"{where}: both axis orders fit embeddings {embedding_shape}; give {knd} or {nkd}"
         )
     if axes == "auto" and likely not in documented:
+        fewer, more = sorted(reward_pair)
         raise InputError(
-            f"{where}: the documented order makes {max(pair)} responses to each of {min(pair)} prompts of embeddings "
-            f"{embedding} and rewards {reward}, the other order {min(pair)} to each of {max(pair)}; "
-            f"give {knd} ({a} responses, {b} prompts) or {nkd} ({b} responses, {a} prompts)"
+            f"{where}: the documented order makes {more} responses to each of {fewer} prompts of "
+            f"embeddings {embedding_shape} and rewards {reward_shape}, the other order {fewer} to "
+            f"each of {more}; give {knd} ({a} responses, {b} prompts) or {nkd} ({b} responses, "
+            f"{a} prompts)"
         )
+    same_order = embedding_pair == reward_pair
     if axes == "auto":
-        return ("KND" if (likely == "KN") == (first == pair) else "NKD"), likely
-    return axes, (axes[:2] if first == pair else axes[1::-1])
+        return ("KND" if (likely == "KN") == same_order else "NKD"), likely
+    return axes, (axes[:2] if same_order else axes[1::-1])
 
 
-def open_array(path):
-    """Memory-map an .npy file after checking its header against its size."""
+def open_array(path: Path | str) -> np.memmap:
+    """Memory-map an .npy file after checking its header against its size; InputError if wrong."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"{path}: expected an .npy file, found none; check the path") from None
+        raise InputError(f"{path}: no such .npy file; check the path") from None
     except (ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
@@ -319,16 +373,16 @@ def open_array(path):
         ) from None
     if not isinstance(array, np.memmap):
         raise InputError(f"{path}: expected an .npy file, found an archive; unpack it first")
-    end, found = array.offset + array.nbytes, Path(path).stat().st_size
-    if found != end:
+    expected, actual = array.offset + array.nbytes, Path(path).stat().st_size
+    if actual != expected:
         raise InputError(
-            f"{path}: expected {end} bytes by its header, found {found}; download it again"
+            f"{path}: expected {expected} bytes by its header, found {actual}; download it again"
         )
     return array
 
 
-def fingerprint(path):
-    """What tells one published file from another without reading it: name, size, modification time and header."""
+def fingerprint(path: Path) -> dict:
+    """The identity of a published file without its data: name, size, time of change, header."""
     array, status = open_array(path), path.stat()
     header = [list(array.shape), array.dtype.str, bool(array.flags.c_contiguous)]
     return {
@@ -339,24 +393,28 @@ def fingerprint(path):
     }
 
 
-def read_block(path, axes, responses, prompts, dtype):
-    """Copy the slices `responses` and `prompts` of a published array as (k, n, D) of `dtype`, checked to be finite.
+def read_block(
+    path: Path, axes: str, responses: slice, prompts: slice, dtype: np.dtype | type
+) -> np.ndarray:
+    """Copy of a part of a published array, (k, n, D) of `dtype`; a reward array counts as D = 1.
 
-    A reward array counts as D = 1. The file is mapped anew for each block, so that the pages read
-    so far do not add up in the memory of the process.
+    axes: order in the file, beginning with "KN" or "NK". Raises InputError for a value that is not
+    finite, or that `dtype` cannot hold.
     """
+    # mapped anew for each block, so that the pages read so far do not add up in memory
     array = open_array(path)
     array = array.reshape(*array.shape[:2], -1)
-    source = (array if axes[0] == "K" else array.swapaxes(0, 1))[responses, prompts]
+    source_knD = (array if axes[0] == "K" else array.swapaxes(0, 1))[responses, prompts]
     with np.errstate(over="ignore"):
-        block = np.array(source, dtype=dtype, order="C")
-    finite = np.isfinite(block)
+        block_knD = np.array(source_knD, dtype=dtype, order="C")
+    finite = np.isfinite(block_knD)
     if not finite.all():
-        at = np.unravel_index(np.argmin(finite), finite.shape)
-        k, n, value = responses.start + at[0], prompts.start + at[1], source[at]
-        where = f"{path}, response {k} of prompt {n}" + (
-            f", dimension {at[2]}" if block.shape[2] > 1 else ""
-        )
+        position = np.unravel_index(np.argmin(finite), finite.shape)
+        k, n = responses.start + position[0], prompts.start + position[1]
+        value = source_knD[position]
+        where = f"{path}, response {k} of prompt {n}"
+        if block_knD.shape[2] > 1:
+            where += f", dimension {position[2]}"
         if np.isfinite(value):
             raise InputError(
                 f"{where}: {value} does not fit {np.dtype(dtype).name}; choose a wider --dtype"
@@ -364,4 +422,4 @@ def read_block(path, axes, responses, prompts, dtype):
         raise InputError(
             f"{where}: expected a finite number, found {value}; embed or score that response again"
         )
-    return block
+    return block_knD

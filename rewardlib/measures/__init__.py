@@ -1,1 +1,1 @@
-"""Metrics of rankings, rewards and preferences, each in one place, with intervals over prompts."""
+"""Metrics of rankings, rewards and preferences, with intervals from resampled prompts."""

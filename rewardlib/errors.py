@@ -1,5 +1,8 @@
-"""The one exception that means: the user can mend this."""
+"""The exception for input that a user can correct."""
 
 
 class InputError(Exception):
-    """Input that a user can mend. The message names what, where, expected, found and the fix, in one line."""
+    """Input that a user can correct.
+
+    The message is one line: what and where, what was expected, what was found, and how to fix it.
+    """

@@ -186,8 +186,8 @@ def test_scores_may_come_as_a_column():
 @pytest.mark.parametrize(
     ("x", "y", "weight", "message"),
     [
-        ([1, 2], [1, 2, 3], None, "should have one length; got 2, 3 and 2"),
-        ([1, 2], [1, 2], [1], "should have one length; got 2, 2 and 1"),
+        ([1, 2], [1, 2, 3], None, "should have the same length; got 2, 3 and 2"),
+        ([1, 2], [1, 2], [1], "should have the same length; got 2, 2 and 1"),
         ([], [], None, "got 0, 0 and 0"),
         ([1, np.nan], [1, 2], None, "must be finite"),
         ([1, 2], [1, np.inf], None, "must be finite"),

@@ -1,23 +1,31 @@
-"""Convert published embedding files to DATA_DIR's format: one file of embeddings and one of rewards per response.
+"""Convert published embedding files to the format of DATA_DIR.
 
-Reads   EMBD_*.npy with REWARD_*.npy, EMBD-TRAIN-*.npy with REWARD-TRAIN-*.npy, or embd_*.npy with reward_*.npy
-        (rewardlib/data/published.py has the names in full), found in --embd_dir or named by --embd_file and --reward_file
-Writes  --output_dir/EMBD-{TRAIN,TEST}-split_{k}.npy, rewards_split_{k}.json, rewards_test_split_{k}.json, manifest.json
+DATA_DIR holds one file of embeddings and one file of golden rewards per response.
 
-The work is done in --output_dir/.converting and moved into place when all of it is complete: until
-then the folder keeps what it had. Stopped at any moment, the same command goes on from the last
-finished file. Memory is constant.
+Reads   EMBD_*.npy with REWARD_*.npy, EMBD-TRAIN-*.npy with REWARD-TRAIN-*.npy, or embd_*.npy with
+        reward_*.npy (rewardlib/data/published.py lists the names in full), found in --embd_dir or
+        given by --embd_file and --reward_file
+Writes  --output_dir/EMBD-{TRAIN,TEST}-split_{k}.npy, rewards_split_{k}.json,
+        rewards_test_split_{k}.json, manifest.json
+
+All files are written to --output_dir/.converting and moved into place when the last one is
+complete: until then --output_dir keeps its earlier files. If the command is stopped, running it
+again continues after the last finished file. Memory use does not grow with the files.
 
 Example
-    python convert_embeddings.py --embd_dir embd/RM-Embeddings --task harmless --gen_model gemma7b --output_dir data
+    python convert_embeddings.py --embd_dir embd/RM-Embeddings --task harmless \\
+        --gen_model gemma7b --output_dir data
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
 import os
 import shlex
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -31,42 +39,49 @@ from rewardlib.errors import InputError
 
 STAGING = ".converting"
 PROGRESS = "progress.json"
-OPEN_FILES = 200
-REWARD_LINE_BYTES = 40
+OPEN_FILES = 200  # responses that are written at once
+REWARD_LINE_BYTES = 40  # assumed by the check of free disk space
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
-    group.add_argument("--embd_dir", help="folder to search, sub-folders included")
+    group.add_argument("--embd_dir", help="folder to search for the files, with its sub-folders")
     group.add_argument(
-        "--embd_file", nargs="+", help="embedding file instead of a search; two: train, then test"
+        "--embd_file",
+        nargs="+",
+        help="embedding files to convert, without a search: one, or the train and the test file",
     )
-    group.add_argument("--reward_file", nargs="+", help="reward file of each --embd_file")
+    group.add_argument("--reward_file", nargs="+", help="the reward file of each --embd_file")
     group.add_argument(
         "--split",
         choices=("train", "test", "both"),
         default="both",
-        help="which prompts to convert",
+        help="split of the prompts to convert",
     )
     group.add_argument(
         "--axes",
         choices=("auto", "KND", "NKD"),
         default="auto",
-        help="axis order of the embeddings",
+        help="axis order of the embedding files: K responses, N prompts, D dimensions",
     )
-    group = parser.add_argument_group("names to search for, case aside")
+    group = parser.add_argument_group("names to search for, in upper or lower case")
     group.add_argument(
-        "--task", default="helpful", help="helpful, harmless, or another with --dataset"
+        "--task", default="helpful", help="helpful, harmless, or another task with --dataset"
     )
-    group.add_argument("--dataset", help="name in the files; None: hh-rlhf-{task}-{sft_obj}")
     group.add_argument(
-        "--sft_obj", default="gpt4", help="data of the supervised fine-tuning; 'none' for no suffix"
+        "--dataset", help="data set in the file names; None: hh-rlhf-{task}-{sft_obj}"
+    )
+    group.add_argument(
+        "--sft_obj",
+        default="gpt4",
+        help="data of the supervised fine-tuning, a suffix of the data set; 'none' for no suffix",
     )
     group.add_argument("--embed_model", default="gemma2b", help="model that embedded the responses")
     group.add_argument("--gen_model", default="gemma2b", help="model that wrote the responses")
     group.add_argument(
-        "--reward_model", help="golden reward model, for where several fit; None: any"
+        "--reward_model",
+        help="golden reward model, needed only if several reward files fit; None: any",
     )
     group = parser.add_argument_group("outputs")
     group.add_argument("--output_dir", default="data", help="DATA_DIR of the other steps")
@@ -74,19 +89,22 @@ def make_parser():
         "--max_prompts",
         type=kinds.count_or_all,
         default="all",
-        help="first prompts of a split, or all",
+        help="number of prompts to convert per split, from the first, or all",
     )
     group.add_argument(
-        "--dtype", choices=("keep", "float16", "float32"), default="keep", help="of the embeddings"
+        "--dtype",
+        choices=("keep", "float16", "float32"),
+        default="keep",
+        help="floating-point type of the converted embeddings",
     )
     return parser
 
 
-def parse_args(argv=None):
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return make_parser().parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     plan = make_plan(args)
     identity = identity_of(plan)
@@ -102,17 +120,19 @@ def main(argv=None):
             except InputError:
                 shutil.rmtree(output_dir / STAGING)
                 raise
-            publish(
-                output_dir, plan, progress, {k: v for k, v in vars(args).items() if k != "debug"}
-            )
+            arguments = {name: value for name, value in vars(args).items() if name != "debug"}
+            publish(output_dir, plan, progress, arguments)
         report(output_dir)
 
 
 # ------------------------------------------------------------------------------------------- inputs
 
 
-def make_plan(args):
-    """{split: (Source, number of prompts, dtype)} of what is to be converted, from the headers alone."""
+def make_plan(args: argparse.Namespace) -> dict[str, tuple[published.Source, int, np.dtype]]:
+    """{split: (Source, number of prompts, dtype)} of the conversion, from the file headers alone.
+
+    Prints what will be converted. Raises InputError if the splits differ in dimensions.
+    """
     plan = {}
     for split, files in find_files(args).items():
         source = published.open_source(*files, args.axes)
@@ -120,73 +140,82 @@ def make_plan(args):
         kind = f"format {source.format}" if source.format else "a name of no published format"
         print(f"{split}: {source.embedding} with {source.reward.name} ({kind})")
         print(
-            f"{split}: axes {source.axes}: {k} responses to each of {n} prompts, {d} dimensions, {source.dtype.name}"
+            f"{split}: axes {source.axes}: {k} responses to each of {n} prompts, {d} dimensions, "
+            f"{source.dtype.name}"
         )
         if args.max_prompts and args.max_prompts > n:
             print(
-                f"{split}: all {n} prompts are taken; --max_prompts {args.max_prompts} is more than there are"
+                f"{split}: all {n} prompts are taken; --max_prompts {args.max_prompts} is more "
+                "than there are"
             )
         dtype = np.dtype(source.dtype.name if args.dtype == "keep" else args.dtype)
         plan[split] = source, min(args.max_prompts or n, n), dtype
     dimensions = {split: source.shape[2] for split, (source, _, _) in plan.items()}
     if len(set(dimensions.values())) > 1:
         raise InputError(
-            f"expected one number of dimensions, found {dimensions}; take one --embed_model for both"
+            f"expected the same number of dimensions in both splits, found {dimensions}; take "
+            "files of the same --embed_model"
         )
     return plan
 
 
-def find_files(args):
-    """{split: (embedding path, reward path)}, given or searched for."""
-    given, rewards = args.embd_file or [], args.reward_file or []
-    if bool(given) == bool(args.embd_dir) or len(given) != len(rewards):
+def find_files(args: argparse.Namespace) -> dict[str, tuple[Path | str, Path | str]]:
+    """{split: (embedding path, reward path)} of the files given or found; InputError if missing.
+
+    With --split both, the test files may be missing.
+    """
+    embd_files, reward_files = args.embd_file or [], args.reward_file or []
+    if bool(embd_files) == bool(args.embd_dir) or len(embd_files) != len(reward_files):
         raise InputError(
             "expected either --embd_dir, or --embd_file with a --reward_file for each, found "
-            f"--embd_dir {args.embd_dir}, {len(given)} --embd_file and {len(rewards)} --reward_file"
+            f"--embd_dir {args.embd_dir}, {len(embd_files)} --embd_file and "
+            f"{len(reward_files)} --reward_file"
         )
-    if given:
-        return name_splits(args.split, list(zip(given, rewards, strict=True)))
+    if embd_files:
+        return name_splits(args.split, list(zip(embd_files, reward_files, strict=True)))
     splits = ("train", "test") if args.split == "both" else (args.split,)
-    wanted = published.names(
+    query = published.names(
         args.task, args.dataset, args.sft_obj, args.embed_model, args.gen_model, args.reward_model
     )
     files = published.files_in(args.embd_dir)
-    found = {split: published.find(files, args.embd_dir, split, wanted) for split in splits}
+    pairs = {split: published.find(files, args.embd_dir, split, query) for split in splits}
     for split in splits:
-        if found[split] is None and (split, args.split) != ("test", "both"):
-            raise published.not_found(files, args.embd_dir, split, wanted)
-        if found[split] is None:
-            print(f"no test file of these names in {args.embd_dir}: train only")
-    return {split: pair for split, pair in found.items() if pair}
+        if pairs[split] is None and (split, args.split) != ("test", "both"):
+            raise published.not_found(files, args.embd_dir, split, query)
+        if pairs[split] is None:
+            print(f"no test file of these names in {args.embd_dir}: only the train split is made")
+    return {split: pair for split, pair in pairs.items() if pair}
 
 
-def name_splits(split, pairs):
-    """{split: (embedding path, reward path)} of given files: one of the split asked for or named, or train and test."""
-    told = [published.read_name(embedding)[1].get("split") for embedding, _ in pairs]
+def name_splits(split: str, pairs: list[tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """{split: (embedding path, reward path)} of given files.
+
+    A single pair belongs to the split asked for or, with --split both, to the split in its name,
+    else to train. Two pairs are train, then test.
+    """
+    named = [published.read_name(embedding)[1].get("split") for embedding, _ in pairs]
     if len(pairs) == 1:
-        return {told[0] or "train" if split == "both" else split: pairs[0]}
-    if len(pairs) > 2 or split != "both" or told[0] == "test" or told[1] == "train":
+        return {named[0] or "train" if split == "both" else split: pairs[0]}
+    if len(pairs) > 2 or split != "both" or named[0] == "test" or named[1] == "train":
         raise InputError(
-            f"expected one --embd_file, or with --split both the train file and then the test file, found {len(pairs)} "
-            f"with --split {split}: {', '.join(embedding for embedding, _ in pairs)}"
+            "expected one --embd_file, or with --split both the train file and then the test file, "
+            f"found {len(pairs)} with --split {split}: "
+            f"{', '.join(embedding for embedding, _ in pairs)}"
         )
     return dict(zip(("train", "test"), pairs, strict=True))
 
 
-def identity_of(plan):
-    """Hash of all that the converted files depend on."""
-    return artifacts.hash_of(
-        [rewardlib.__version__, {split: what_matters(*part) for split, part in plan.items()}]
-    )
+def identity_of(plan: dict) -> str:
+    """Hash of everything that the converted files depend on."""
+    inputs = {split: identity_of_split(*part) for split, part in plan.items()}
+    return artifacts.hash_of([rewardlib.__version__, inputs])
 
 
-def what_matters(source, n, dtype):
-    files = {
+def identity_of_split(source: published.Source, n: int, dtype: np.dtype) -> dict:
+    """What the converted files of one split depend on, as a JSON-able dict."""
+    return {
         "embedding": published.fingerprint(source.embedding),
         "reward": published.fingerprint(source.reward),
-    }
-    return {
-        **files,
         "axes": source.axes,
         "reward_axes": source.reward_axes,
         "N": n,
@@ -197,64 +226,68 @@ def what_matters(source, n, dtype):
 # ------------------------------------------------------------------------------------ output folder
 
 
-def split_files(folder):
-    """Names of the embedding and reward files in `folder`, train first and in ascending order of k."""
-    found = [
+def split_files(folder: Path) -> list[str]:
+    """Names of the embedding and reward files in `folder`, train first, in ascending order of k."""
+    numbers = [
         (split, k) for split in ("train", "test") for k in embeddings.find_splits(folder, split)
     ]
-    return [
-        name
-        for where in found
-        for name in embeddings.file_names(*where)
-        if (folder / name).exists()
-    ]
+    names = [name for split, k in numbers for name in embeddings.file_names(split, k)]
+    return [name for name in names if (folder / name).exists()]
 
 
-def is_done(folder, identity):
+def is_done(folder: Path, identity: str) -> bool:
+    """True if `folder` holds this conversion, with every file as its manifest records it."""
     manifest = artifacts.read_manifest(folder)
-    if manifest.get("identity") != identity or sorted(split_files(folder)) != sorted(
-        manifest["files"]
-    ):
+    if manifest.get("identity") != identity:
+        return False
+    if sorted(split_files(folder)) != sorted(manifest["files"]):
         return False
     written = (folder / MANIFEST).stat().st_mtime_ns
-    for name, told in manifest["files"].items():
+    for name, recorded in manifest["files"].items():
         status = (folder / name).stat()
-        if status.st_size != told["bytes"]:
+        if status.st_size != recorded["bytes"]:
             return False
-        if status.st_mtime_ns > written and artifacts.sha256(folder / name) != told["sha256"]:
+        # files that are not newer than the manifest are not read again
+        if status.st_mtime_ns > written and artifacts.sha256(folder / name) != recorded["sha256"]:
             return False
     return True
 
 
-def begin(folder, identity, plan):
-    """The progress record of this work, new or of an earlier run, after making sure that it may go into `folder`."""
-    manifest, found = artifacts.read_manifest(folder), split_files(folder)
+def begin(folder: Path, identity: str, plan: dict) -> dict:
+    """The progress record of this conversion: new, or that of an earlier run to continue.
+
+    Raises InputError if `folder` holds data that cannot be made again, or too little free space.
+    """
+    manifest, names = artifacts.read_manifest(folder), split_files(folder)
     staging = folder / STAGING
     record = staging / PROGRESS
     progress = artifacts.read_json(record, embeddings.PRODUCERS[0]) if record.exists() else {}
     half_published = progress.get("publishing", False) and not manifest
-    if (manifest or found) and not half_published:
+    if (manifest or names) and not half_published:
         if manifest.get("producer") not in embeddings.PRODUCERS:
             raise InputError(
                 f"{folder}: expected an empty folder or data that can be made again, found "
-                f"{found[0] if found else MANIFEST} put there by hand or by step 4; choose another --output_dir"
+                f"{names[0] if names else MANIFEST} put there by hand or by step 4; choose another "
+                "--output_dir"
             )
         if "train" not in plan and embeddings.find_splits(folder, "train"):
             raise InputError(
-                f"{folder}: expected no train split beside a conversion of the test split alone, found one; convert "
-                "both at once, or choose another --output_dir"
+                f"{folder}: this folder holds a train split, which a conversion of the test split "
+                "alone would remove; convert both at once, or choose another --output_dir"
             )
         print(
-            f"{folder}: {len(found)} files made by {manifest['producer']} will be replaced when all is ready"
+            f"{folder}: {len(names)} files made by {manifest['producer']} will be replaced when "
+            "all new files are ready"
         )
     if (
         progress.get("identity") == identity
         and not artifacts.is_forced()
         and is_whole(folder, progress)
     ):
-        print(f"going on with an earlier run: {len(progress['files'])} files are ready")
+        print(f"continuing an earlier run: {len(progress['files'])} files are ready")
     else:
-        for name in found if half_published else []:
+        # files of another conversion that was killed while it published
+        for name in names if half_published else []:
             (folder / name).unlink()
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -264,36 +297,36 @@ def begin(folder, identity, plan):
     return progress
 
 
-def is_whole(folder, progress):
-    """True when every file that `progress` calls ready is still there: staged, or published already."""
-    homes = [folder / STAGING, folder] if progress["publishing"] else [folder / STAGING]
-    paths = {
-        name: next((h / name for h in homes if (h / name).exists()), None)
-        for name in progress["files"]
-    }
-    return all(
-        path and path.stat().st_size == progress["files"][name]["bytes"]
-        for name, path in paths.items()
-    )
+def is_whole(folder: Path, progress: dict) -> bool:
+    """True if every file that `progress` calls ready is still there: staged or published."""
+    folders = [folder / STAGING, folder] if progress["publishing"] else [folder / STAGING]
+    for name, recorded in progress["files"].items():
+        path = next((home / name for home in folders if (home / name).exists()), None)
+        if path is None or path.stat().st_size != recorded["bytes"]:
+            return False
+    return True
 
 
-def check_space(folder, plan, progress):
-    needed = -sum(told["bytes"] for told in progress["files"].values())
+def check_space(folder: Path, plan: dict, progress: dict) -> None:
+    """InputError if the disk of `folder` has too little free space for the files still to write."""
+    needed = -sum(recorded["bytes"] for recorded in progress["files"].values())
     for source, n, dtype in plan.values():
         needed += source.shape[0] * n * (source.shape[2] * dtype.itemsize + REWARD_LINE_BYTES)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"{folder}: expected {needed / 1e9:.1f} GB of free disk space, found {free / 1e9:.1f} GB; "
-            "free some, or choose another --output_dir, --dtype float16 or a smaller --max_prompts"
+            f"{folder}: expected {needed / 1e9:.1f} GB of free disk space, found "
+            f"{free / 1e9:.1f} GB; remove other files, or choose another --output_dir, "
+            "--dtype float16 or a smaller --max_prompts"
         )
 
 
-def publish(folder, plan, progress, arguments):
+def publish(folder: Path, plan: dict, progress: dict, arguments: dict) -> None:
     """Move the finished files into place, then write the manifest.
 
-    Old files go in ascending order of k and new ones come in descending order, train last: a folder
-    in between always lacks the first train files, which the reader refuses.
+    Old files are removed in ascending order of k, and new files arrive in descending order, train
+    last: in between, the first train files are always missing, so that the reader of DATA_DIR
+    refuses the folder.
     """
     staging = folder / STAGING
     progress["publishing"] = True
@@ -303,10 +336,16 @@ def publish(folder, plan, progress, arguments):
         if name not in progress["files"] or (staging / name).exists():
             (folder / name).unlink()
     splits = [(split, k) for split, (source, _, _) in plan.items() for k in range(source.shape[0])]
-    names = [name for where in splits for name in embeddings.file_names(*where)]
+    names = [name for split, k in splits for name in embeddings.file_names(split, k)]
     for name in reversed(names):
         if (staging / name).exists():
             os.replace(staging / name, folder / name)
+    artifacts.write_json(folder / MANIFEST, manifest_of(plan, progress, arguments, names))
+    shutil.rmtree(staging)
+
+
+def manifest_of(plan: dict, progress: dict, arguments: dict, names: list[str]) -> dict:
+    """The manifest of the converted files `names`."""
     manifest = {
         "producer": embeddings.PRODUCERS[0],
         "arguments": arguments,
@@ -319,53 +358,57 @@ def publish(folder, plan, progress, arguments):
         (k, _, d), rewards = source.shape, progress["rewards"][split]
         manifest[split] = {"K": k, "N": n, "D": d, "dtype": dtype.name, "rewards": rewards}
     manifest["files"] = {name: progress["files"][name] for name in names}
-    artifacts.write_json(folder / MANIFEST, {**manifest, "git_revision": artifacts.git_revision()})
-    shutil.rmtree(staging)
+    return {**manifest, "git_revision": artifacts.git_revision()}
 
 
-def describe(source, n, dtype):
-    paths = {
+def describe(source: published.Source, n: int, dtype: np.dtype) -> dict:
+    """The source of one split, as the manifest records it."""
+    return {
         "embedding_file": str(source.embedding),
         "reward_file": str(source.reward),
         "format": source.format,
+        **identity_of_split(source, n, dtype),
     }
-    return {**paths, **what_matters(source, n, dtype)}
 
 
 # --------------------------------------------------------------------------------------- conversion
 
 
-def stage(staging, plan, progress):
-    """Write all files that `progress` does not hold yet into `staging`, checked, and note each in `progress`."""
+def stage(staging: Path, plan: dict, progress: dict) -> None:
+    """Write all files that are not ready yet into `staging`, checked; record each in `progress`."""
 
-    def finished(told):
-        progress["files"].update(told)
+    def record(files):
+        progress["files"].update(files)
         artifacts.write_json(staging / PROGRESS, progress)
 
     for split, (source, n, _) in plan.items():
         if split not in progress["rewards"]:
-            told, progress["rewards"][split] = write_rewards(staging, split, source, n)
-            finished(told)
+            files, progress["rewards"][split] = write_rewards(staging, split, source, n)
+            record(files)
     for split, (source, n, dtype) in plan.items():
         k, _, d = source.shape
         size = n * d * dtype.itemsize
         ready = sum(embeddings.file_names(split, i)[0] in progress["files"] for i in range(k))
-        # a file of prompts is read once for all its responses, one of responses once for each
+        # In order NKD the responses to a prompt lie together: one pass over the file writes many
+        # responses at once. In order KND each response lies together and is written alone.
         group = 1 if source.axes == "KND" else OPEN_FILES
-        show = {"desc": f"converting {split}", "unit": "B", "unit_scale": True, "disable": None}
-        with tqdm(total=k * size, initial=ready * size, **show) as bar:
+        options = {"desc": f"converting {split}", "unit": "B", "unit_scale": True, "disable": None}
+        with tqdm(total=k * size, initial=ready * size, **options) as bar:
             for start in range(ready, k, group):
                 responses = range(start, min(start + group, k))
-                finished(write_embeddings(staging, split, source, responses, n, dtype, bar))
+                record(write_embeddings(staging, split, source, responses, n, dtype, bar))
     if identity_of(plan) != progress["identity"]:
         raise InputError(
             "the published files changed while they were read; run the same command again"
         )
 
 
-def write_rewards(staging, split, source, n):
-    """The reward files of a split: ({name: {"bytes", "sha256"}}, {"mean", "sd", "min", "max"} of all rewards)."""
-    told, moments = {}, []
+def write_rewards(staging: Path, split: str, source: published.Source, n: int) -> tuple[dict, dict]:
+    """Write the reward files of a split.
+
+    Returns ({name: {"bytes", "sha256"}}, {"mean", "sd", "min", "max"} of all rewards).
+    """
+    files, moments = {}, []
     for k in tqdm(range(source.shape[0]), desc=f"rewards {split}", leave=False, disable=None):
         block = published.read_block(
             source.reward, source.reward_axes, slice(k, k + 1), slice(0, n), np.float64
@@ -375,19 +418,31 @@ def write_rewards(staging, split, source, n):
         artifacts.write_jsonl(path, ({"reward": value} for value in values))
         if [record["reward"] for record in embeddings.read_rewards(path, n)] != values:
             raise InputError(
-                f"{path}: reads back other than it was written; check the disk of --output_dir"
+                f"{path}: the file reads back with other content than was written; check the disk "
+                "of --output_dir"
             )
-        told[path.name] = artifacts.describe_file(path)
+        files[path.name] = artifacts.describe_file(path)
         moments.append((block.mean(), block.var(), block.min(), block.max()))
     mean, variance, low, high = np.array(moments).T
-    # all responses have n rewards, so the total variance is that within responses plus that between
-    # them
-    spread = np.sqrt(variance.mean() + mean.var())
-    return told, {"mean": mean.mean(), "sd": spread, "min": low.min(), "max": high.max()}
+    # all responses have n rewards, so the total variance is the mean variance within responses plus
+    # the variance between their means
+    sd = np.sqrt(variance.mean() + mean.var())
+    return files, {"mean": mean.mean(), "sd": sd, "min": low.min(), "max": high.max()}
 
 
-def write_embeddings(staging, split, source, responses, n, dtype, bar):
-    """The embedding files of a range of responses, in one pass over the source: {name: {"bytes", "sha256"}}."""
+def write_embeddings(
+    staging: Path,
+    split: str,
+    source: published.Source,
+    responses: range,
+    n: int,
+    dtype: np.dtype,
+    bar: tqdm,
+) -> dict:
+    """Write the embedding files of a range of responses, in one pass over the source.
+
+    Returns {name: {"bytes", "sha256"}}.
+    """
     d = source.shape[2]
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
@@ -395,39 +450,41 @@ def write_embeddings(staging, split, source, responses, n, dtype, bar):
     )
     paths = [staging / embeddings.file_names(split, k)[0] for k in responses]
     digests = [hashlib.sha256(header.getvalue()) for _ in paths]
-    step = max(
-        1, embeddings.BLOCK_BYTES // (len(paths) * d * max(dtype.itemsize, source.dtype.itemsize))
-    )
+    prompt_bytes = len(paths) * d * max(dtype.itemsize, source.dtype.itemsize)
+    step = max(1, embeddings.BLOCK_BYTES // prompt_bytes)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(artifacts.atomic(path)) for path in paths]
         for file in files:
             file.write(header.getvalue())
         for start in range(0, n, step):
             ks, ns = slice(responses.start, responses.stop), slice(start, min(start + step, n))
-            block = published.read_block(source.embedding, source.axes, ks, ns, dtype)
-            for file, digest, rows in zip(files, digests, block, strict=True):
-                file.write(rows.data)
-                digest.update(rows.data)
-            bar.update(block.nbytes)
-    told = {}
+            block_knD = published.read_block(source.embedding, source.axes, ks, ns, dtype)
+            for file, digest, rows_nD in zip(files, digests, block_knD, strict=True):
+                file.write(rows_nD.data)
+                digest.update(rows_nD.data)
+            bar.update(block_knD.nbytes)
+    written = {}
     for path, digest in zip(paths, digests, strict=True):
-        told[path.name] = artifacts.describe_file(path)
-        if told[path.name]["sha256"] != digest.hexdigest():
+        written[path.name] = artifacts.describe_file(path)
+        if written[path.name]["sha256"] != digest.hexdigest():
             raise InputError(
-                f"{path}: reads back other than it was written; check the disk of --output_dir"
+                f"{path}: the file reads back with other content than was written; check the disk "
+                "of --output_dir"
             )
-    return told
+    return written
 
 
-def report(folder):
+def report(folder: Path) -> None:
+    """Print the shapes, rewards and sizes of the converted data, and the next command."""
     manifest = artifacts.read_manifest(folder)
     for split in ("train", "test"):
         if part := manifest[split]:
             rewards = ", ".join(f"{name} {value:.4g}" for name, value in part["rewards"].items())
             print(
-                f"{split}: K={part['K']} N={part['N']} D={part['D']} {part['dtype']}; rewards {rewards}"
+                f"{split}: K={part['K']} N={part['N']} D={part['D']} {part['dtype']}; "
+                f"rewards {rewards}"
             )
-    size = sum(told["bytes"] for told in manifest["files"].values())
+    size = sum(recorded["bytes"] for recorded in manifest["files"].values())
     print(f"{folder}: {len(manifest['files'])} files, {size:,} bytes, and {MANIFEST}")
     print(f"next: DATA_DIR={shlex.quote(str(folder))} bash run_all.sh")
 

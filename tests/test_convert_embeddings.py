@@ -342,7 +342,10 @@ def test_explicit_files(tmp_path, out):
     convert_embeddings.main([*files, "--output_dir", str(out)])
     check(out)
     check(out, "test", values(5, 7))
-    with pytest.raises(InputError, match="expected no train split beside"):
+    with pytest.raises(
+        InputError,
+        match="this folder holds a train split, which a conversion of the test split alone",
+    ):
         convert_files(test, out)
     for wrong in (
         ["--embd_file", "a.npy"],
@@ -626,7 +629,7 @@ def test_killed_anywhere_leaves_old_or_new_or_a_refusal_and_completes(
             assert "missing" in str(error) or "expected EMBD-TRAIN-split_0.npy" in str(error)
         capsys.readouterr()
         convert(tmp_path / "new", out, "--axes", order)
-        went_on += "going on with an earlier run" in capsys.readouterr().out
+        went_on += "continuing an earlier run" in capsys.readouterr().out
         assert visible(out) == expected
         assert {p.name for p in out.iterdir() if not p.name.startswith(".rewards_")} == {
             *expected,
@@ -683,7 +686,7 @@ def test_a_lost_file_of_an_earlier_run_starts_it_over(source, out, monkeypatch, 
         convert(source, out)
     (out / ".converting" / "EMBD-TRAIN-split_1.npy").unlink()
     convert(source, out)
-    assert "going on" not in capsys.readouterr().out
+    assert "continuing" not in capsys.readouterr().out
     check(out)
 
 
@@ -693,7 +696,7 @@ def _die(*args):
 
 def test_a_write_that_reads_back_differently_is_an_error(source, out, monkeypatch):
     monkeypatch.setattr(artifacts, "sha256", lambda path: "0" * 64)
-    with pytest.raises(InputError, match="reads back other than it was written"):
+    with pytest.raises(InputError, match="the file reads back with other content than was written"):
         convert(source, out)
     assert not visible(out)
 
@@ -758,7 +761,7 @@ if sys.platform == "linux":
     assert run(*arguments, code=code).returncode == -signal.SIGKILL
     done = run(*arguments, code=code)
     assert done.returncode == 0, done.stderr
-    assert "going on with an earlier run" in done.stdout
+    assert "continuing an earlier run" in done.stdout
     if sys.platform == "linux":
         peak_kilobytes = int(done.stdout.split()[-2])
         assert peak_kilobytes * 1024 < 120e6 < array.nbytes

@@ -1,4 +1,4 @@
-"""notebook.py: five calls from files to best-of-n: formats, axis orders, pairs, measures, refusals, the snippet."""
+"""api.py: five calls from files to best-of-n; formats, axis orders, pairs, metrics, refusals."""
 
 import ast
 import mmap
@@ -33,7 +33,10 @@ reward_model = BT_MLP(); reward_model.fit(train_comparisons, train_labels)
 rm_predictions = reward_model.predict(test_embeddings)                                                        # (N, K, 1)
 bon_500 = calc_bon(rm_predictions, test_rewards, N=500); rho = calc_spearmanr(rm_predictions, test_rewards)
 """  # noqa: E501
-LONG = "embd_model_name_gemma2b_dataset_orig_hh-rlhf-harmless-gpt4_gen_pref_model_name_gemma2b_golden_rm_name_ray"
+LONG = (
+    "embd_model_name_gemma2b_dataset_orig_hh-rlhf-harmless-gpt4_gen_pref_model_name_gemma2b"
+    "_golden_rm_name_ray"
+)
 NAMES = {
     1: (
         "EMBD_hh-rlhf-harmless-gpt4_gemma2b_gemma2b_{}.npy",
@@ -52,7 +55,10 @@ CALL = {
 
 
 def values(k=K, n=N, d=D, plus=0):
-    """(N, K, D) embeddings 100 k + 10 n + d and (N, K, 1) rewards 10 k + n, so that each value tells its place."""
+    """Embeddings (N, K, D) of value 100 k + 10 n + d and rewards (N, K, 1) of value 10 k + n.
+
+    Each value shows its position.
+    """
     ns, ks, ds = np.meshgrid(range(n), range(k), range(d), indexing="ij")
     return (100 * ks + 10 * ns + ds + plus).astype(np.float32), (10.0 * ks + ns + plus)[
         :, :, :1
@@ -60,7 +66,10 @@ def values(k=K, n=N, d=D, plus=0):
 
 
 def publish(folder, form=3, split="train", data=None, order=None, reward_order=None, trailing=None):
-    """Save (N, K, D), (N, K, 1) in a published format; the orders are those of the files, else the format's own."""
+    """Save arrays (N, K, D) and (N, K, 1) in a published format.
+
+    order, reward_order: axis orders of the files, None for those of the format.
+    """
     embedding, reward = data or values()
     order = order or ("NKD" if form == 3 else "KND")
     reward = reward[:, :, 0] if (reward_order or order[:2]) == "NK" else reward[:, :, 0].T
@@ -79,7 +88,7 @@ def load(root, **changed):
 
 
 def is_mapped(array):
-    """True where the array's memory is a file's, so that nothing was read or copied yet."""
+    """True if the memory of the array is that of a file, so that nothing was read or copied yet."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return isinstance(array.base, mmap.mmap)
@@ -133,13 +142,19 @@ def test_the_snippet_verbatim(tmp_path, monkeypatch, capsys):
         "10000 random pairs on 1000 prompts; 0 of equal reward left out; label error 0.4"
         in capsys.readouterr().out
     )
-    told = _statements((ROOT / "docs" / "api.md").read_text())
-    assert all(ast.unparse(step) in told for step in ast.parse(SNIPPET).body)
+    documented = _statements((ROOT / "docs" / "api.md").read_text())
+    assert all(ast.unparse(step) in documented for step in ast.parse(SNIPPET).body)
 
 
 def test_importing_the_library_is_light():
-    code = "import sys, rewardlib; assert not {'numpy', 'scipy', 'sklearn', 'torch'} & set(sys.modules), 1"
-    loading = "from rewardlib import calc_bon; assert 'torch' not in sys.modules and 'sklearn' not in sys.modules, 2"
+    code = (
+        "import sys, rewardlib; "
+        "assert not {'numpy', 'scipy', 'sklearn', 'torch'} & set(sys.modules), 1"
+    )
+    loading = (
+        "from rewardlib import calc_bon; "
+        "assert 'torch' not in sys.modules and 'sklearn' not in sys.modules, 2"
+    )
     subprocess.run([sys.executable, "-c", f"{code}; {loading}"], cwd=ROOT, check=True)
     assert {"load_embd_data", "pair_annotate", "calc_bon", "calc_spearmanr", "__version__"} <= set(
         dir(rewardlib)
@@ -269,7 +284,8 @@ def test_two_data_sets_are_listed_and_dataset_settles(tmp_path):
     for path in publish(tmp_path / "plain", 1, data=values(plus=500)):
         path.rename(path.with_name(path.name.replace("-gpt4", "")))
     message = (
-        "expected one train embedding file, found 2: EMBD_hh-rlhf-harmless-gpt4_.*, plain/EMBD_hh-rlhf-harmless_.*; "
+        "expected one train embedding file, found 2: EMBD_hh-rlhf-harmless-gpt4_.*, "
+        "plain/EMBD_hh-rlhf-harmless_.*; "
         r"choose with dataset='hh-rlhf-harmless\|hh-rlhf-harmless-gpt4'"
     )
     with pytest.raises(InputError, match=message):
@@ -400,9 +416,10 @@ def test_a_data_dir_is_mapped_file_by_file(data, capsys):
 
 
 KEYS = [
-    np.s_[2], np.s_[-1], np.s_[1:3], np.s_[:], np.s_[..., 0], np.s_[1, 2], np.s_[1, 2, 1], np.s_[:, 1], np.s_[::2, :1],
-    np.s_[:, :, 1], np.s_[..., 1:], np.s_[1:, ..., 0], np.s_[[0, 3, 0]], np.s_[[0, 3], [2, 1]], np.s_[[[0, 1], [2, 3]]],
-    np.s_[[0, 3], :, 1], np.s_[:, [2, 0], 1:], np.s_[np.arange(4) > 1], np.s_[np.eye(4, 3) > 0], np.s_[0, [1, 1]],
+    np.s_[2], np.s_[-1], np.s_[1:3], np.s_[:], np.s_[..., 0], np.s_[1, 2], np.s_[1, 2, 1],
+    np.s_[:, 1], np.s_[::2, :1], np.s_[:, :, 1], np.s_[..., 1:], np.s_[1:, ..., 0],
+    np.s_[[0, 3, 0]], np.s_[[0, 3], [2, 1]], np.s_[[[0, 1], [2, 3]]], np.s_[[0, 3], :, 1],
+    np.s_[:, [2, 0], 1:], np.s_[np.arange(4) > 1], np.s_[np.eye(4, 3) > 0], np.s_[0, [1, 1]],
     np.s_[np.int64(3)], np.s_[4:], np.s_[()], np.s_[None],
 ]  # fmt: skip
 
@@ -446,7 +463,10 @@ def test_a_data_dir_below_the_root_is_found_by_the_names_it_was_made_from(conver
 def test_a_data_dir_of_other_names_is_never_taken(converted):
     for root in (converted, converted / "data"):
         for changed in ({"task": "helpful"}, {"embed_model": "gemma7b"}, {"reward_model": "other"}):
-            message = "expected a train embedding file .*DATA_DIR .*data: EMBD_hh-rlhf-harmless-gpt4_gemma2b_gemma2b_t"
+            message = (
+                "expected a train embedding file .*DATA_DIR .*data: "
+                "EMBD_hh-rlhf-harmless-gpt4_gemma2b_gemma2b_t"
+            )
             with pytest.raises(InputError, match=message):
                 load(root, **changed)
 
@@ -477,14 +497,14 @@ def test_files_and_the_data_dir_made_from_them_are_both_listed(converted, tmp_pa
 
 def test_a_data_dir_of_step_4_is_found_by_its_names(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
-    told = {
+    arguments = {
         "dataset": "hh-rlhf-harmless-gpt4",
         "embed_model_name": "gemma2b",
         "gen_pref_model_name": "gemma2b",
     }
     manifest = {
         "producer": "step4_gen_embeddings.py",
-        "arguments": {**told, "reward_model": "rayharmless"},
+        "arguments": {**arguments, "reward_model": "rayharmless"},
         "files": {},
     }
     rewardlib.artifacts.write_json(tmp_path / "data" / "manifest.json", manifest)
@@ -508,7 +528,7 @@ def annotate(rewards, quality=-1, **changed):
 
 
 def test_all_pairs_by_hand(capsys):
-    """Rewards 1, 3, 2 and 4, 4, 5: three pairs and two, each once, the better side as the label says."""
+    """Rewards 1, 3, 2 and 4, 4, 5: three pairs and two, each once; the label is the better side."""
     rewards = [[1, 3, 2], [4, 4, 5]]
     comparisons, labels = annotate(rewards, pairs_per_prompt=3)
     assert comparisons.shape == (5, 2, 1) and labels.shape == (5,) and labels.dtype == np.int64
@@ -518,7 +538,10 @@ def test_all_pairs_by_hand(capsys):
     }
     flat = np.ravel(rewards)
     assert labels.tolist() == (flat[sides[:, 0]] > flat[sides[:, 1]]).astype(int).tolist()
-    line = "pair_annotate: 5 random pairs on 2 prompts; 1 of equal reward left out; label error 0.000 (quality -1, scale"
+    line = (
+        "pair_annotate: 5 random pairs on 2 prompts; 1 of equal reward left out; "
+        "label error 0.000 (quality -1, scale"
+    )
     assert line in capsys.readouterr().out
 
 
@@ -531,11 +554,12 @@ def test_pairs_are_unique_turned_and_labelled(strategy):
     assert len({frozenset(pair) for pair in index.tolist()}) == len(labels) == 600
     np.testing.assert_array_equal(labels, flat[index[:, 0]] > flat[index[:, 1]])
     assert 0.4 < labels.mean() < 0.6
-    made = annotated.pairs
-    np.testing.assert_array_equal(made.prompts * 10 + made.responses, index)
-    np.testing.assert_array_equal(made.reward_diff, flat[index[:, 0]] - flat[index[:, 1]])
-    assert ((made.prompts[:, 0] == made.prompts[:, 1]) == (strategy != "cross_prompt")).all()
-    assert np.bincount(made.prompts[:, 0]).sum() == 600
+    prompts, responses = annotated.pairs.prompts, annotated.pairs.responses
+    np.testing.assert_array_equal(prompts * 10 + responses, index)
+    reward_diff = flat[index[:, 0]] - flat[index[:, 1]]
+    np.testing.assert_array_equal(annotated.pairs.reward_diff, reward_diff)
+    assert ((prompts[:, 0] == prompts[:, 1]) == (strategy != "cross_prompt")).all()
+    assert np.bincount(prompts[:, 0]).sum() == 600
 
 
 @pytest.mark.parametrize("strategy", api.STRATEGIES)
@@ -553,13 +577,13 @@ def test_groups_share_no_prompt(strategy):
 
 
 def test_diverse_and_similar_by_hand():
-    """Ranks of the four responses: 2 0 3 1. Of equal gaps the middle of the ranks comes first."""
+    """Ranks of the four responses: 2 0 3 1. Of equal gaps, the middle ranks come first."""
     rewards = np.array([[3.0, 1, 4, 2]])
-    at = {rank: response for response, rank in enumerate((2, 0, 3, 1))}
+    response_of = {rank: response for response, rank in enumerate((2, 0, 3, 1))}
     orders = {True: [(0, 3), (0, 2), (1, 3), (1, 2), (0, 1), (2, 3)]}
     orders[False] = [(1, 2), (0, 1), (2, 3), (0, 2), (1, 3), (0, 3)]
     for widest, order in orders.items():
-        expected = [[at[low], at[high]] for low, high in order]
+        expected = [[response_of[low], response_of[high]] for low, high in order]
         for n in range(1, 7):
             assert api.by_rank_gap(rewards, n, widest).tolist() == [expected[:n]]
     for strategy, pair in (("diverse", {1, 2}), ("similar", {3, 0})):
@@ -587,7 +611,10 @@ def test_strategies_differ_in_reward_gap():
 
 
 def test_noisy_labels_and_the_error_that_is_kept(capsys):
-    """Quality 1 on rewards of sd 1: 27.5 % wrong (arXiv 2411.04991); the scale is the rewards' own sd."""
+    """Quality 1 on rewards with sd 1: 27.5 % wrong (arXiv 2411.04991).
+
+    The default scale is the sd of the rewards.
+    """
     rewards = rng(1).standard_normal((3000, 5, 1))
     annotated = annotate(rewards, 1.0, pairs_per_prompt=4)
     assert annotated.pairs.label_error == pytest.approx(0.275, abs=0.01)
@@ -716,20 +743,20 @@ def test_what_was_annotated_can_be_kept():
     ],
 )
 def test_annotation_refusals(changed, message):
-    given_ = {
+    arguments = {
         "embeddings": np.zeros((N, K, D)),
         "rewards": values()[1],
         "annotation_quality": 1,
         "pairs_per_prompt": 2,
     }
     with pytest.raises(InputError, match=message):
-        pair_annotate(**{**given_, **changed})
+        pair_annotate(**{**arguments, **changed})
 
 
 # ------------------------------------------------------------------------------------------ measure
 
-# Prompt 0 is ranked right; 1 is half wrong; 2 has a tie in both; 3 has one golden value and so no
-# ranking.
+# Prompt 0 is ranked correctly, prompt 1 half wrongly; prompt 2 has a tie in scores and rewards; the
+# golden rewards of prompt 3 are equal, so it has no ranking.
 GOLDEN = np.array([[1.0, 2, 3], [3, 1, 2], [1, 1, 2], [5, 5, 5]])
 SCORES = np.array([[0.1, 0.5, 0.9], [0.1, 0.5, 0.9], [0.2, 0.2, 0.9], [0.3, 0.1, 0.2]])
 
@@ -780,7 +807,8 @@ def test_spearman_by_hand_leaves_out_what_has_no_ranking(capsys):
         (
             SCORES.ravel(),
             GOLDEN,
-            r"predictions: expected numbers in \(N, K, 1\) or \(N, K\), .* found \(12,\) of float64",
+            r"predictions: expected numbers in \(N, K, 1\) or \(N, K\), "
+            r".* found \(12,\) of float64",
         ),
         (SCORES, GOLDEN[:, :, None, None], r"rewards: expected numbers in .* found \(4, 3, 1, 1\)"),
         (np.zeros((4, 3, 2)), GOLDEN, r"predictions: expected .* found \(4, 3, 2\)"),
@@ -800,7 +828,7 @@ def test_spearman_by_hand_leaves_out_what_has_no_ranking(capsys):
     ],
 )
 def test_measures_refuse_other_arrays(predictions, rewards, message):
-    for call in (calc_spearmanr, lambda *given_: calc_bon(*given_, N=2)):
+    for call in (calc_spearmanr, lambda *arrays_: calc_bon(*arrays_, N=2)):
         with pytest.raises(InputError, match=message):
             call(predictions, rewards)
 
@@ -819,7 +847,11 @@ def test_n_is_a_number_of_responses():
 
 
 def test_order_and_classification_errors_by_hand():
-    """Pair 1 is right; 2 is in order, its worse side too high; 3 in order, its better side too low; 4 tied; 5 wrong."""
+    """Pair 1 has the right order and classes, 4 is tied, 5 has the wrong order.
+
+    Pairs 2 and 3 have the right order, but the worse side of 2 is too high, the better side of 3
+    too low.
+    """
     scores = np.array([[2.0, -1], [1, 3], [-1, -3], [0.5, 0.5], [1, -2]])
     found = ranking.order_consistency(scores, np.array([1, 0, 1, 0, 0]))
     assert found["order_error"] == pytest.approx(1.5 / 5)
@@ -847,7 +879,10 @@ def test_the_bound_holds_on_any_pairs_at_any_threshold(m, data):
 
 @pytest.mark.parametrize("k", [2, 3, 4, 10])
 def test_no_order_is_so_good_that_the_bound_of_all_pairs_is_small(k):
-    """Of all pairs of K responses (K - 2) / (2 K - 2) or more lie on one side; a perfect order comes as low as that."""
+    """Of all pairs of K responses (K - 2) / (2 K - 2) or more lie on one side of the threshold.
+
+    A perfect order reaches this number for even K.
+    """
     golden = rng(k).permuted(np.tile(np.arange(k, dtype=float), (20, 1)), axis=1)
     least = (k - 2) / (2 * k - 2) if k % 2 == 0 else (k - 1) / (2 * k)
     for scores in (golden, rng(1).standard_normal(golden.shape)):
@@ -878,7 +913,10 @@ def test_order_consistency_refuses_other_arrays(scores, labels, message):
 
 
 def test_the_bound_on_demo_data(data, capsys):
-    """A classification reward model on pairs far apart has a bound below one half; on all pairs no scorer has."""
+    """The bound of a classification reward model is below one half on pairs that are far apart.
+
+    On all pairs the bound of any scorer is (K - 2) / (2 K - 2) or more.
+    """
     train, test = load(data), load(data, split="test")
     annotated = pair_annotate(*train, 10, pair_strategy="diverse")
     model = CLF_MLP(hidden=(64, 32), epochs=20).fit(*annotated, groups=annotated.groups)

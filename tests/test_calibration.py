@@ -1,4 +1,4 @@
-"""calibration.py: centred isotonic regression by hand and against its definition, ranking kept, fits out of fold."""
+"""calibration.py: centred isotonic regression by hand and by definition, ranking, out of fold."""
 
 import json
 
@@ -14,7 +14,7 @@ from rewardlib.calibration import CenteredIsotonicMap
 from rewardlib.errors import InputError
 from rewardlib.measures import ranking
 
-# Pooling adjacent violators: 1 | 3, 2, 2 -> 7/3 | 5, 4 -> 9/2. The blocks' mean x are 0 | 2 | 4.5.
+# Pooling adjacent violators: 1 | 3, 2, 2 -> 7/3 | 5, 4 -> 9/2. Mean x of the blocks: 0 | 2 | 4.5.
 X = np.arange(6.0)
 Y = np.array([1.0, 3, 2, 2, 5, 4])
 
@@ -36,11 +36,13 @@ def columns(case):
 
 
 def test_points_of_the_hand_case():
-    made = fit()
-    np.testing.assert_allclose(made.x_points_, [0, 2, 4.5])
-    np.testing.assert_allclose(made.y_points_, [1, 7 / 3, 4.5])
-    assert made.increasing_ is True
-    np.testing.assert_allclose(made.predict([0, 1, 2, 3.25, 4.5]), [1, 5 / 3, 7 / 3, 41 / 12, 4.5])
+    fitted = fit()
+    np.testing.assert_allclose(fitted.x_points_, [0, 2, 4.5])
+    np.testing.assert_allclose(fitted.y_points_, [1, 7 / 3, 4.5])
+    assert fitted.increasing_ is True
+    np.testing.assert_allclose(
+        fitted.predict([0, 1, 2, 3.25, 4.5]), [1, 5 / 3, 7 / 3, 41 / 12, 4.5]
+    )
 
 
 def test_outside_the_data_the_hand_case_goes_on_with_the_smaller_of_end_slope_and_mean_slope():
@@ -50,25 +52,25 @@ def test_outside_the_data_the_hand_case_goes_on_with_the_smaller_of_end_slope_an
 
 def test_weights_move_the_centre_of_a_block():
     """With weight 2 on the point (1, 3) the block is 3, 3, 2, 2 -> 5/2 at (1 + 1 + 2 + 3) / 4."""
-    made = fit(weight=[1, 2, 1, 1, 1, 1])
-    np.testing.assert_allclose(made.x_points_, [0, 1.75, 4.5])
-    np.testing.assert_allclose(made.y_points_, [1, 2.5, 4.5])
+    fitted = fit(weight=[1, 2, 1, 1, 1, 1])
+    np.testing.assert_allclose(fitted.x_points_, [0, 1.75, 4.5])
+    np.testing.assert_allclose(fitted.y_points_, [1, 2.5, 4.5])
 
 
 @given(cases)
 @settings(deadline=None)
 def test_points_are_the_centres_of_the_blocks_of_the_isotonic_fit(case):
     x, y, weight = columns(case)
-    made = fit(x, y, weight)
+    fitted = fit(x, y, weight)
     plain = IsotonicRegression().fit(x, y, sample_weight=weight)
     values = plain.predict(x)
     block = np.round(values, 9)
     levels = np.unique(block)
     centres = [np.average(x[block == level], weights=weight[block == level]) for level in levels]
-    np.testing.assert_allclose(made.x_points_, centres, atol=1e-9)
-    np.testing.assert_allclose(made.y_points_, levels, atol=1e-8)
-    np.testing.assert_allclose(made.predict(np.array(centres)), levels, atol=1e-8)
-    assert made.increasing_ == (len(levels) > 1)
+    np.testing.assert_allclose(fitted.x_points_, centres, atol=1e-9)
+    np.testing.assert_allclose(fitted.y_points_, levels, atol=1e-8)
+    np.testing.assert_allclose(fitted.predict(np.array(centres)), levels, atol=1e-8)
+    assert fitted.increasing_ == (len(levels) > 1)
 
 
 @given(cases)
@@ -82,9 +84,9 @@ def test_weights_are_repeated_rows(case):
 
 
 def test_ties_in_x_count_as_their_mean():
-    made = fit([0, 0, 1, 1, 1], [0, 4, 9, 3, 6])
-    np.testing.assert_allclose(made.x_points_, [0, 1])
-    np.testing.assert_allclose(made.y_points_, [2, 6])
+    fitted = fit([0, 0, 1, 1, 1], [0, 4, 9, 3, 6])
+    np.testing.assert_allclose(fitted.x_points_, [0, 1])
+    np.testing.assert_allclose(fitted.y_points_, [2, 6])
 
 
 @given(cases)
@@ -103,8 +105,8 @@ def test_the_order_of_the_rows_does_not_matter(case):
 def test_strictly_increasing_inside_and_outside_the_data(seed, strength):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=200)
-    made = fit(x, strength * x + rng.normal(size=200))
-    steps = np.diff(made.predict(np.linspace(-40, 40, 20_001)))
+    fitted = fit(x, strength * x + rng.normal(size=200))
+    steps = np.diff(fitted.predict(np.linspace(-40, 40, 20_001)))
     assert (steps > 0).all()
 
 
@@ -112,32 +114,32 @@ def test_strictly_increasing_inside_and_outside_the_data(seed, strength):
     "y", [[5, 4, 3, 2, 1, 0], [0.1] * 6, [7] * 6], ids=["falling", "one value", "one integer"]
 )
 def test_without_any_increase_the_map_is_the_mean_with_a_negligible_slope(y):
-    made = fit(X, y)
-    assert made.increasing_ is False
-    values = made.predict(np.linspace(-10, 15, 1001))
+    fitted = fit(X, y)
+    assert fitted.increasing_ is False
+    values = fitted.predict(np.linspace(-10, 15, 1001))
     np.testing.assert_allclose(values, np.mean(y), atol=1e-4)
     assert (np.diff(values) > 0).all()
 
 
 def test_one_value_of_x_gives_the_mean_of_y():
-    made = fit([2, 2, 2], [1, 2, 6])
-    assert made.increasing_ is False
-    assert made.predict([2])[0] == 3
-    below, above = made.predict([1, 3])
+    fitted = fit([2, 2, 2], [1, 2, 6])
+    assert fitted.increasing_ is False
+    assert fitted.predict([2])[0] == 3
+    below, above = fitted.predict([1, 3])
     assert below < 3 < above and above - below < 1e-4
 
 
 @given(st.integers(0, 10**6), st.sampled_from([-0.5, 0.0, 0.3, 2.0]))
 @settings(deadline=None, max_examples=50)
 def test_the_ranking_of_every_prompt_survives_calibration(seed, strength):
-    """Scores are float32 numbers; plain isotonic regression makes ties of them, the centred map must not."""
+    """Plain isotonic regression makes ties of float32 scores; the centred map must not."""
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(30, 8)).astype(np.float32)
     golden = strength * scores + rng.normal(size=(30, 8))
     fresh = (2 * rng.normal(size=(30, 8))).astype(np.float32)
-    made = calibration.make("centred").fit(scores.ravel(), golden.ravel())
+    fitted = calibration.make("centred").fit(scores.ravel(), golden.ravel())
     for values in (scores, fresh):
-        mapped = made.predict(values)
+        mapped = fitted.predict(values)
         assert (
             np.abs(ranking.spearman(mapped, golden) - ranking.spearman(values, golden)).max()
             <= 1e-12
@@ -158,15 +160,17 @@ def test_plain_isotonic_makes_the_ties_that_the_centred_map_avoids():
         kind: calibration.make(kind).fit(scores.ravel(), golden.ravel())
         for kind in ("centred", "plain")
     }
-    distinct = {kind: len(np.unique(made.predict(scores.ravel()))) for kind, made in maps.items()}
+    distinct = {
+        kind: len(np.unique(fitted.predict(scores.ravel()))) for kind, fitted in maps.items()
+    }
     assert distinct["centred"] == scores.size and distinct["plain"] < scores.size / 4
 
 
 def test_nearly_flat_segments_are_pooled_so_that_float64_can_tell_scores_apart():
-    """Between x = 1 and 2 the isotonic fit rises by 1e-9 on a total rise of 2: one point at (1.5, 1)."""
-    made = fit([0, 1, 2, 3], [0, 1, 1 + 1e-9, 2])
-    np.testing.assert_allclose(made.x_points_, [0, 1.5, 3])
-    np.testing.assert_allclose(made.y_points_, [0, 1, 2], atol=1e-9)
+    """From x = 1 to 2 the isotonic fit rises by 1e-9 of a total of 2: one point at (1.5, 1)."""
+    fitted = fit([0, 1, 2, 3], [0, 1, 1 + 1e-9, 2])
+    np.testing.assert_allclose(fitted.x_points_, [0, 1.5, 3])
+    np.testing.assert_allclose(fitted.y_points_, [0, 1, 2], atol=1e-9)
 
 
 def test_the_scale_and_origin_of_scores_and_targets_do_not_matter():
@@ -177,10 +181,10 @@ def test_the_scale_and_origin_of_scores_and_targets_do_not_matter():
 
 
 def test_scores_may_come_as_a_column():
-    made = fit(X[:, None])
-    np.testing.assert_array_equal(made.predict(X), fit().predict(X))
-    np.testing.assert_array_equal(made.predict(X[:, None]), fit().predict(X))
-    np.testing.assert_array_equal(made.transform(X), made.predict(X))
+    fitted = fit(X[:, None])
+    np.testing.assert_array_equal(fitted.predict(X), fit().predict(X))
+    np.testing.assert_array_equal(fitted.predict(X[:, None]), fit().predict(X))
+    np.testing.assert_array_equal(fitted.transform(X), fitted.predict(X))
 
 
 @pytest.mark.parametrize(
@@ -213,14 +217,14 @@ def fold_case(seed=0, n=12, k=4, sets=3):
 @pytest.mark.parametrize("kind", ["centred", "plain"])
 def test_out_of_fold_is_the_mean_of_maps_fitted_without_the_prompt(kind):
     scores, targets, fold_sets = fold_case()
-    at = scores + 0.5
+    scores_to_map = scores + 0.5
     expected = np.zeros(scores.shape)
     for folds in fold_sets:
         for n in range(len(scores)):
             others = folds != folds[n]
-            made = calibration.make(kind).fit(scores[others].ravel(), targets[others].ravel())
-            expected[n] += made.predict(at[n]) / len(fold_sets)
-    found = calibration.out_of_fold(kind, scores, targets, fold_sets, at)
+            fitted = calibration.make(kind).fit(scores[others].ravel(), targets[others].ravel())
+            expected[n] += fitted.predict(scores_to_map[n]) / len(fold_sets)
+    found = calibration.out_of_fold(kind, scores, targets, fold_sets, scores_to_map)
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -255,10 +259,10 @@ GRID = np.concatenate([np.linspace(-3, 9, 1001), X, np.float32([0.1, 4.7])])
 
 @pytest.mark.parametrize("kind", ["centred", "plain"])
 def test_a_map_as_plain_numbers_gives_the_same_values_bit_for_bit(kind):
-    made = calibration.make(kind).fit(X, Y)
-    numbers = json.loads(json.dumps(calibration.to_numbers(made), allow_nan=False))
+    fitted = calibration.make(kind).fit(X, Y)
+    numbers = json.loads(json.dumps(calibration.to_numbers(fitted), allow_nan=False))
     assert numbers["kind"] == kind
-    np.testing.assert_array_equal(calibration.from_numbers(numbers)(GRID), made.predict(GRID))
+    np.testing.assert_array_equal(calibration.from_numbers(numbers)(GRID), fitted.predict(GRID))
 
 
 def test_the_plain_map_as_numbers_is_scikit_learns_flat_outside():
@@ -272,16 +276,16 @@ def test_the_plain_map_as_numbers_is_scikit_learns_flat_outside():
 
 
 def test_saved_maps_are_read_from_their_numbers_never_from_the_pickle(tmp_path):
-    made = fit()
-    names = calibration.save(tmp_path, "teacher_map", made, aliases=["map"])
+    fitted = fit()
+    names = calibration.save(tmp_path, "teacher_map", fitted, aliases=["map"])
     assert sorted(names) == ["map.joblib", "map.json", "teacher_map.joblib", "teacher_map.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     np.testing.assert_array_equal(
-        joblib.load(tmp_path / "map.joblib").predict(GRID), made.predict(GRID)
+        joblib.load(tmp_path / "map.joblib").predict(GRID), fitted.predict(GRID)
     )
     for name in ("teacher_map", "map"):
         (tmp_path / f"{name}.joblib").write_bytes(b"not a pickle")
-        np.testing.assert_array_equal(calibration.load(tmp_path, name)(GRID), made.predict(GRID))
+        np.testing.assert_array_equal(calibration.load(tmp_path, name)(GRID), fitted.predict(GRID))
 
 
 def test_a_map_that_is_not_there_is_refused_with_the_step_that_writes_it(tmp_path):

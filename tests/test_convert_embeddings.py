@@ -1,4 +1,4 @@
-"""convert_embeddings.py: every value in its place, whatever the format and order; refusals; killing and resuming."""
+"""convert_embeddings.py: all formats and axis orders, refusals, killed and resumed conversions."""
 
 import json
 import os
@@ -21,7 +21,10 @@ from rewardlib.errors import InputError
 
 REAL = ROOT.parent / "shared" / "data" / "alpaca"
 K, N, D = 3, 4, 2
-LONG = "embd_model_name_gemma2b_dataset_orig_hh-rlhf-helpful-gpt4_gen_pref_model_name_gemma2b_golden_rm_name_rmmistral7b"
+LONG = (
+    "embd_model_name_gemma2b_dataset_orig_hh-rlhf-helpful-gpt4_gen_pref_model_name_gemma2b"
+    "_golden_rm_name_rmmistral7b"
+)
 NAMES = {
     1: (
         "EMBD_hh-rlhf-helpful-gpt4_gemma2b_gemma2b_{}.npy",
@@ -34,7 +37,10 @@ NAMES = {
 
 
 def values(k=K, n=N, d=D, plus=0):
-    """(K, N, D) embeddings 100 k + 10 n + d and (K, N) rewards 10 k + n, so that each value tells its place."""
+    """Embeddings (K, N, D) of value 100 k + 10 n + d and rewards (K, N) of value 10 k + n.
+
+    Each value shows its position.
+    """
     ks, ns, ds = np.meshgrid(range(k), range(n), range(d), indexing="ij")
     return (100 * ks + 10 * ns + ds + plus).astype(np.float32), (10.0 * ks + ns + plus)[
         :, :, 0
@@ -42,7 +48,10 @@ def values(k=K, n=N, d=D, plus=0):
 
 
 def publish(folder, form=1, split="train", arrays=None, order=None):
-    """Save arrays (K, N, D), (K, N) in a published format; `order` as in the files, by default the format's own."""
+    """Save arrays (K, N, D) and (K, N) in a published format.
+
+    order: axis order of the files, None for that of the format.
+    """
     embedding, reward = arrays or values()
     order = order or ("NKD" if form == 3 else "KND")
     if order == "NKD":
@@ -67,7 +76,7 @@ def convert_files(paths, out, *flags):
 
 
 def check(out, split="train", arrays=None):
-    """The local files hold the arrays (K, N, D) and (K, N), as the pipeline's reader and as NumPy see them."""
+    """Assert that DATA_DIR `out` holds the arrays (K, N, D), (K, N), for its reader and NumPy."""
     embedding, reward = arrays or values()
     data = embeddings.load(out, split)
     assert data.shape == (embedding.shape[1], embedding.shape[0], embedding.shape[2])
@@ -278,8 +287,9 @@ def test_nothing_found_names_the_patterns_and_what_is_similar(tmp_path, source, 
     empty = tmp_path / "empty"
     empty.mkdir()
     expected = (
-        "named EMBD_hh-rlhf-helpful-gpt4_gemma7b_gemma2b_train.npy or EMBD-TRAIN-embd_model_name_gemma7b_.* "
-        "or embd_gemma2b_gemma7b_helpful_train.npy, found similar: EMBD_hh-rlhf-helpful-gpt4_gemma2b_gemma2b_train.npy"
+        "named EMBD_hh-rlhf-helpful-gpt4_gemma7b_gemma2b_train.npy "
+        "or EMBD-TRAIN-embd_model_name_gemma7b_.* or embd_gemma2b_gemma7b_helpful_train.npy, "
+        "found similar: EMBD_hh-rlhf-helpful-gpt4_gemma2b_gemma2b_train.npy"
     )
     with pytest.raises(InputError, match=expected):
         convert(source, out, "--embed_model", "gemma7b")
@@ -490,8 +500,7 @@ def test_manifest_tells_the_truth(tmp_path, out):
         "dtype": "float32",
     }
     rewards = values()[1]
-    told = manifest["train"]["rewards"]
-    assert told == pytest.approx(
+    assert manifest["train"]["rewards"] == pytest.approx(
         {"mean": rewards.mean(), "sd": rewards.std(), "min": 0, "max": 23}, rel=1e-12
     )
     assert set(manifest["files"]) == set(visible(out))
@@ -732,7 +741,10 @@ def test_command_line(source, out):
 
 
 def test_killed_process_resumes_in_constant_memory(tmp_path, out):
-    """A process killed while writing; the next one completes, in memory far below the size of the source."""
+    """A process is killed while writing; the next process completes the conversion.
+
+    Its memory stays far below the size of the source.
+    """
     shape, rng = (4, 3000, 2000), np.random.default_rng(0)
     folder = tmp_path / "src"
     folder.mkdir()
@@ -756,7 +768,8 @@ def read_block(*args):
 published.read_block = read_block
 convert_embeddings.main(sys.argv[1:])
 if sys.platform == "linux":
-    print(*(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    print(*(line for line in lines if "VmHWM" in line))
 """
     assert run(*arguments, code=code).returncode == -signal.SIGKILL
     done = run(*arguments, code=code)

@@ -1,4 +1,4 @@
-"""embeddings.py: what DATA_DIR may look like, what is refused and how, and which files are read again."""
+"""embeddings.py: formats of DATA_DIR, refusals, and which files are read again."""
 
 import json
 import os
@@ -21,7 +21,7 @@ N, D = 4, 2
 
 
 def values(k, n=N, d=D):
-    """(k, n, d) embeddings 100 k + 10 n + d, so that each value tells its place."""
+    """Embeddings (k, n, d) of value 100 k + 10 n + d, so that each value shows its position."""
     return np.add.outer(np.add.outer(100.0 * np.arange(k), 10 * np.arange(n)), np.arange(d)).astype(
         np.float32
     )
@@ -32,7 +32,7 @@ def write_lines(path, lines):
 
 
 def write(folder, k=3, split="train", arrays=None, **more):
-    """A DATA_DIR of `arrays` (K x (N, D)) with rewards k + n / 10 and, per prompt, more record keys."""
+    """A DATA_DIR of K `arrays` (N, D) with rewards k + n / 10; more: other keys of the records."""
     folder.mkdir(exist_ok=True, parents=True)
     for i, array in enumerate(values(k) if arrays is None else arrays):
         embedding_file, reward_file = embeddings.file_names(split, i)
@@ -46,7 +46,7 @@ def write(folder, k=3, split="train", arrays=None, **more):
 
 
 def write_manifest(folder):
-    """The manifest that a writer of this data leaves, last."""
+    """Write the manifest that a writer of this data would write last."""
     files = {path.name: artifacts.describe_file(path) for path in sorted(folder.glob("*split_*"))}
     artifacts.write_json(
         folder / "manifest.json", {"producer": "generate_demo_data.py", "files": files}
@@ -54,7 +54,7 @@ def write_manifest(folder):
     return folder
 
 
-def made(arrays, **more):
+def in_memory(arrays, **more):
     """Responses in memory."""
     n = len(arrays[0])
     fields = {
@@ -161,7 +161,7 @@ def test_without_a_query_equal_ids_are_one_group(tmp_path):
 
 
 def test_line_separators_inside_a_response_do_not_end_its_line(tmp_path):
-    """JSON allows U+2028, U+0085 and their like inside a string; only a line feed ends a line of JSONL."""
+    """JSON strings may hold U+2028, U+0085 and similar; only a line feed ends a line of JSONL."""
     write(tmp_path, k=2)
     texts = ["a\u2028b", "a\u2029b", "a\u0085b", "plain"]
     lines = [json.dumps({"reward": 1.5, "response": text}, ensure_ascii=False) for text in texts]
@@ -192,7 +192,7 @@ def test_windows_line_ends_and_a_missing_last_one(tmp_path):
     ids=["NaN", "infinity", "lone surrogate", "31 digits", "1e400"],
 )
 def test_json_of_a_wider_kind_is_accepted_beside_the_reward(tmp_path, more):
-    """What Python writes and reads by default, in one of the files or in all of them."""
+    """JSON as Python writes and reads it by default, in one of the files or in all of them."""
     write(tmp_path, k=2)
     lines = [f'{{"reward": {n}.5, {more}}}' for n in range(N)]
     for name in ("rewards_split_0.json", "rewards_split_1.json"):
@@ -210,7 +210,7 @@ def test_a_lone_surrogate_is_one_character(tmp_path):
 
 @pytest.mark.parametrize("key", ["id", "query"])
 def test_whole_numbers_above_64_bits_stay_apart(tmp_path, key):
-    """As floats, 2^64 and 2^64 + 1 are one number, and two prompts would become one."""
+    """2^64 and 2^64 + 1 are equal as floats, which would make two prompts one."""
     numbers = [2**64, 2**64 + 1, 2**64, 7]
     write(tmp_path, k=2, **{key: numbers})
     lines = [json.dumps({"reward": 1, "score": float("nan"), key: number}) for number in numbers]
@@ -229,7 +229,7 @@ def test_take_is_fancy_indexing(n, k, d, data):
     count = data.draw(st.integers(0, 12))
     prompts = data.draw(st.lists(st.integers(0, n - 1), min_size=count, max_size=count))
     responses = data.draw(st.lists(st.integers(0, k - 1), min_size=count, max_size=count))
-    rows = made(arrays.astype(np.float16)).take(prompts, responses)
+    rows = in_memory(arrays.astype(np.float16)).take(prompts, responses)
     assert rows.shape == (count, d) and rows.dtype == np.float32
     if count:
         np.testing.assert_array_equal(rows, arrays[responses, prompts].astype(np.float16))
@@ -238,7 +238,7 @@ def test_take_is_fancy_indexing(n, k, d, data):
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 40), st.data())
 @settings(deadline=None)
 def test_read_gives_every_row_once_in_blocks_of_bounded_size(n, k, block_bytes, data):
-    """Any places in any order, some of them twice: file by file, rows ascending."""
+    """Any positions in any order, some repeated, are read file by file, rows ascending."""
     arrays = values(k, n)
     places = data.draw(
         st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, k - 1)), max_size=30)
@@ -247,7 +247,7 @@ def test_read_gives_every_row_once_in_blocks_of_bounded_size(n, k, block_bytes, 
     seen, order = np.full((len(places), D), np.nan), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "READ_BYTES", block_bytes)
-        for at, rows in made(arrays).read(prompts, responses):
+        for at, rows in in_memory(arrays).read(prompts, responses):
             assert rows.nbytes <= max(block_bytes, 4 * D) and len(set(responses[at])) == 1
             assert np.isnan(seen[at]).all()
             seen[at] = rows
@@ -313,7 +313,10 @@ def test_no_data_and_no_folder(tmp_path):
 def test_splits_of_unequal_shape(tmp_path, shape):
     write(tmp_path)
     np.save(tmp_path / "EMBD-TRAIN-split_2.npy", np.zeros(shape, np.float32))
-    message = rf"split_2\.npy: expected shape \(4, 2\) as in EMBD-TRAIN-split_0\.npy, found \({shape[0]}, {shape[1]}\)"
+    message = (
+        r"split_2\.npy: expected shape \(4, 2\) as in EMBD-TRAIN-split_0\.npy, "
+        rf"found \({shape[0]}, {shape[1]}\)"
+    )
     with pytest.raises(InputError, match=message):
         embeddings.load(tmp_path)
 
@@ -500,7 +503,7 @@ def test_bytes_that_changed_after_the_manifest(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["EMBD-TRAIN-split_1.npy", "rewards_split_1.json"])
 def test_a_size_that_the_manifest_does_not_know(tmp_path, name):
-    """Even where the file is older than the manifest."""
+    """The size is compared even if the file is older than the manifest."""
     path = write_manifest(write(tmp_path)) / name
     size = path.stat().st_size
     if name.endswith("npy"):
@@ -566,7 +569,7 @@ def same_rewards(a, b):
 
 
 def parsed(monkeypatch):
-    """Names of the reward files that are parsed from now on."""
+    """A list that collects the names of the reward files parsed from now on."""
     names, read_rewards = [], embeddings.read_rewards
 
     def read(path, n):
@@ -626,7 +629,7 @@ def test_fewer_or_exchanged_splits_are_parsed_again(tmp_path, monkeypatch):
 
 
 def test_kept_rewards_of_fewer_prompts_than_embeddings_are_not_used(tmp_path):
-    """The reward files are the same; the embeddings are of other prompts now."""
+    """The reward files stay the same, but the embeddings now belong to other prompts."""
     embeddings.load(write(tmp_path))
     for k, array in enumerate(values(3, n=N + 1)):
         np.save(tmp_path / f"EMBD-TRAIN-split_{k}.npy", array)
@@ -635,13 +638,13 @@ def test_kept_rewards_of_fewer_prompts_than_embeddings_are_not_used(tmp_path):
 
 
 def test_damaged_kept_rewards_are_made_again(tmp_path):
-    """Whichever byte is changed, wherever it ends, whatever else it is."""
+    """Any changed byte, any truncation, any other content."""
     data = embeddings.load(write(tmp_path, length=[1, 2, 3, 4]))
     path = tmp_path / ".rewards_train.npz"
-    whole = path.read_bytes()
-    contents = [b"", b"text", whole[:100], whole[:-1], whole[1:], whole + b"more"]
+    cache = path.read_bytes()
+    contents = [b"", b"text", cache[:100], cache[:-1], cache[1:], cache + b"more"]
     contents += [
-        whole[:i] + bytes([whole[i] ^ 0x41]) + whole[i + 1 :] for i in range(0, len(whole), 5)
+        cache[:i] + bytes([cache[i] ^ 0x41]) + cache[i + 1 :] for i in range(0, len(cache), 5)
     ]
     for content in contents:
         path.write_bytes(content)
@@ -651,7 +654,7 @@ def test_damaged_kept_rewards_are_made_again(tmp_path):
         with open(path, "wb") as file:
             np.save(file, other, allow_pickle=True)
         assert same_rewards(embeddings.load(tmp_path), data)
-        assert len(path.read_bytes()) == len(whole), "what was damaged is whole again"
+        assert len(path.read_bytes()) == len(cache), "the damaged cache is written again"
 
 
 def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(tmp_path, monkeypatch):
@@ -675,7 +678,7 @@ def test_a_full_disk_leaves_no_kept_rewards(tmp_path, monkeypatch):
 
 
 def test_kept_rewards_are_no_data_to_those_that_write_data(tmp_path):
-    """Both writers replace data of the other, and find nothing of it in the end, whatever was kept of it."""
+    """Each writer replaces the data of the other, and leaves no cached rewards of them behind."""
     source, folder = tmp_path / "embd", tmp_path / "data"
     source.mkdir()
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""pairs.py: the annotator's published values, ranks from rewards, and which responses may be compared with which."""
+"""pairs.py: published values of the annotator, ranks from rewards, and the pairs that are drawn."""
 
 from itertools import combinations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rewardlib.data import pairs
 from rewardlib.errors import InputError
 
-# Rewards in no order: the ranks of the columns are 2 0 3 1 and 1 3 0 2.
+# Unsorted rewards: the ranks of the columns are 2 0 3 1 and 1 3 0 2.
 REWARDS = np.array([[3.0, 1, 4, 2], [0.2, 0.4, 0.1, 0.3]])
 
 
@@ -41,7 +41,7 @@ def built(rewards, folds=None, **changed):
 )
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_annotation_quality_is_the_published_one(beta_s_squared, quality, scale):
-    """E[sigmoid(beta |dr|)] for dr ~ N(0, s^2), integrated over the annotator's own probabilities."""
+    """E[sigmoid(beta |dr|)] for dr ~ N(0, s^2), integrated over the probabilities of `annotate`."""
     z = np.linspace(0, 12, 20_001)
     density = np.exp(-z * z / 2)
     beta, s = 2.0, np.sqrt(beta_s_squared) / 2.0
@@ -113,7 +113,10 @@ def test_diverse_and_similar_are_two_responses_whatever_k(k):
 
 
 def test_the_share_between_prompts_by_hand():
-    """Within: 2, 2. Means 1, 5 vary by 8, of which 2 / 2 is what the responses leave in them: 7 of 7 + 2."""
+    """The variance within prompts is 2; the means 1 and 5 have variance 8.
+
+    Of these 8, 2 / 2 comes from within prompts: 7 / (7 + 2) lies between prompts.
+    """
     rewards = np.array([[0.0, 2], [4, 6]])
     assert pairs.between_prompt_share(rewards) == pytest.approx(7 / 9)
     assert pairs.between_prompt_share(100 - 5 * rewards[:, ::-1]) == pytest.approx(7 / 9)
@@ -199,7 +202,7 @@ def test_cross_prompt_pairs_join_different_prompts_of_one_fold_each_once_a_side(
     ("n", "size", "n_pairs"), [(2, 4, 3), (3, 1, 1), (4, 2, 3), (6, 2, 4), (20, 1, 5), (20, 2, 30)]
 )
 def test_no_pair_comes_twice_in_either_order(n, size, n_pairs):
-    """Pools so small that pairs and mirrored pairs would come often."""
+    """The pools are so small that pairs and mirrored pairs would often repeat by chance."""
     pool, folds = np.tile(np.arange(size), (n, 1)), np.zeros(n, int)
     for seed in range(5):
         prompts, responses = pairs.cross_prompt(pool, folds, n_pairs, rng(seed))
@@ -211,7 +214,7 @@ def test_no_pair_comes_twice_in_either_order(n, size, n_pairs):
 
 
 def test_more_cross_prompt_pairs_than_there_are_is_refused():
-    """Four prompts of two responses: 24 pairs, of which 7 rounds would take 28."""
+    """Four prompts with two responses have 24 pairs; 7 rounds would need 28."""
     with pytest.raises(
         InputError, match="7 pairs for each of 4 prompts could not all be made different"
     ):
@@ -237,23 +240,23 @@ def test_a_prompt_alone_in_its_fold_is_refused():
 @pytest.mark.parametrize("pairing", ["xprompt", "sameprompt"])
 def test_labels_say_which_side_won_and_sides_are_random(pairing):
     rewards = rng(1).standard_normal((400, 6))
-    made = built(rewards, np.arange(400) % 5, pairing=pairing)
-    gain = rewards[tuple(np.stack([made.prompts, made.responses])[:, :, 0])]
-    gain -= rewards[tuple(np.stack([made.prompts, made.responses])[:, :, 1])]
-    np.testing.assert_array_equal(made.reward_diff, gain)
-    np.testing.assert_array_equal(made.labels, gain > 0)
-    assert made.label_error == 0 and made.n_equal == 0 and len(made.labels) == 1200
-    assert made.labels.mean() == pytest.approx(0.5, abs=0.05)
-    np.testing.assert_array_equal(made.folds, made.prompts[:, 0] % 5)
-    np.testing.assert_array_equal(made.folds, made.prompts[:, 1] % 5)
+    annotated = built(rewards, np.arange(400) % 5, pairing=pairing)
+    gain = rewards[tuple(np.stack([annotated.prompts, annotated.responses])[:, :, 0])]
+    gain -= rewards[tuple(np.stack([annotated.prompts, annotated.responses])[:, :, 1])]
+    np.testing.assert_array_equal(annotated.reward_diff, gain)
+    np.testing.assert_array_equal(annotated.labels, gain > 0)
+    assert annotated.label_error == 0 and annotated.n_equal == 0 and len(annotated.labels) == 1200
+    assert annotated.labels.mean() == pytest.approx(0.5, abs=0.05)
+    np.testing.assert_array_equal(annotated.folds, annotated.prompts[:, 0] % 5)
+    np.testing.assert_array_equal(annotated.folds, annotated.prompts[:, 1] % 5)
 
 
 @pytest.mark.parametrize("pairing", ["xprompt", "sameprompt"])
 def test_sides_are_random_where_the_pool_is_sorted_by_reward(pairing):
     rewards = np.sort(rng().standard_normal((600, 10)), axis=1)
-    made = built(rewards, pairing=pairing, consider_first_n=-1, n_pairs=1)
-    assert made.labels.mean() == pytest.approx(0.5, abs=0.07)
-    assert set(made.responses.ravel()) == {0, 9}
+    annotated = built(rewards, pairing=pairing, consider_first_n=-1, n_pairs=1)
+    assert annotated.labels.mean() == pytest.approx(0.5, abs=0.07)
+    assert set(annotated.responses.ravel()) == {0, 9}
 
 
 @pytest.mark.parametrize("pairing", ["xprompt", "sameprompt"])
@@ -269,19 +272,21 @@ def test_diverse_pairs_differ_more_than_random_and_similar_ones(pairing):
 
 
 def test_same_prompt_rows_hold_no_pair_twice_nor_its_mirror():
-    made = built(rng().standard_normal((20, 5)), pairing="sameprompt", n_pairs=10)
+    annotated = built(rng().standard_normal((20, 5)), pairing="sameprompt", n_pairs=10)
     rows = [
         (p, frozenset(pair))
-        for (p, _), pair in zip(made.prompts.tolist(), made.responses.tolist(), strict=True)
+        for (p, _), pair in zip(
+            annotated.prompts.tolist(), annotated.responses.tolist(), strict=True
+        )
     ]
     assert len(set(rows)) == len(rows) == 200
 
 
 def test_the_label_error_counts_labels_against_the_golden_order():
-    made = pairs.Pairs(
+    annotated = pairs.Pairs(
         None, None, np.array([1.0, 0, 1, 0]), None, np.array([2.0, -1, -3, -1]), None, 0
     )
-    assert made.label_error == 0.25
+    assert annotated.label_error == 0.25
     noisy = built(rng().standard_normal((3000, 4)), quality=1.0, n_pairs=2)
     assert noisy.label_error == pytest.approx(0.275, abs=0.02)
 
@@ -295,11 +300,15 @@ def test_the_scale_divides_the_differences():
 
 def test_equal_rewards_are_left_out_and_counted():
     """All pairs of 0, 0, 1: one of three is a tie."""
-    made = built(np.tile([0.0, 0, 1], (7, 1)), pairing="sameprompt", n_pairs=3)
-    assert made.n_equal == 7 and len(made.labels) == 14
-    assert np.abs(made.reward_diff).tolist() == [1] * 14
+    annotated = built(np.tile([0.0, 0, 1], (7, 1)), pairing="sameprompt", n_pairs=3)
+    assert annotated.n_equal == 7 and len(annotated.labels) == 14
+    assert np.abs(annotated.reward_diff).tolist() == [1] * 14
     assert (
-        len(made.prompts) == len(made.responses) == len(made.probability) == len(made.folds) == 14
+        len(annotated.prompts)
+        == len(annotated.responses)
+        == len(annotated.probability)
+        == len(annotated.folds)
+        == 14
     )
 
 

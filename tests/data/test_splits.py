@@ -1,4 +1,4 @@
-"""splits.py and seeds.py: 60 / 20 / 20 by prompt, duplicates on one side, the same deal every time."""
+"""splits.py and seeds.py: 60 / 20 / 20 by prompt, duplicates on one side, reproducible splits."""
 
 import json
 

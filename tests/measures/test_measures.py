@@ -1,4 +1,4 @@
-"""metrics.py: values worked by hand, parity with scipy, scikit-learn and brute force, invariances, intervals, JSON."""
+"""ranking.py, scale.py, intervals.py: values by hand, parity with references, invariances, JSON."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from sklearn.metrics import mean_squared_error, r2_score
 from rewardlib.measures import intervals, ranking
 from rewardlib.measures.scale import reliability, scale_metrics
 
-# Prompt 0 is ranked right; 1 is half wrong; 2 has a tie in both; 3 has one golden value and so no
-# ranking.
+# Prompt 0 is ranked correctly, prompt 1 half wrongly; prompt 2 has a tie in scores and rewards; the
+# golden rewards of prompt 3 are equal, so it has no ranking.
 GOLDEN = np.array([[1.0, 2, 3], [3, 1, 2], [1, 1, 2], [5, 5, 5]])
 SCORES = np.array([[0.1, 0.5, 0.9], [0.1, 0.5, 0.9], [0.2, 0.2, 0.9], [0.3, 0.1, 0.2]])
 
@@ -103,7 +103,7 @@ def test_a_row_with_nan_has_no_ranks():
 
 
 def test_cross_prompt_accuracy_of_many_responses_is_kendalls_but_for_the_pairs_within():
-    """3,000 responses, a number that is no power of two, with ties on both sides."""
+    """3,000 responses, not a power of two, with ties in scores and golden rewards."""
     rng = np.random.default_rng(1)
     golden = rng.normal(size=(300, 10)).round(1)
     scores = (golden + rng.normal(size=golden.shape)).round(1)
@@ -120,7 +120,7 @@ def test_cross_prompt_accuracy_of_many_responses_is_kendalls_but_for_the_pairs_w
 
 
 def test_agreement_of_many_responses_is_kendalls():
-    """K = 500, where a pair count no longer fits 16 bits; a falling order is all discordant."""
+    """K = 500, where a pair count exceeds 16 bits; in a reversed order all pairs are discordant."""
     rng = np.random.default_rng(0)
     golden = rng.normal(size=(3, 500))
     scores = np.stack([rng.normal(size=500), -golden[1], golden[2].round(1)])
@@ -290,24 +290,23 @@ def test_resamples_draw_n_prompts_from_n_and_repeat_under_one_seed():
 
 
 def test_resamples_in_blocks_are_those_in_one_piece(monkeypatch):
-    """A prompt costs one byte a resample (memory of steps 6 and 8); only a block of resamples is in float64 at once."""
+    """Weights take one byte per prompt and resample; only one block is in float64 at a time."""
     weights, values = weights_for(30, 201), np.random.default_rng(1).standard_normal((30, 3))
     assert weights.dtype == np.uint8
-    whole = intervals.resampled_sums(values, weights)
-    np.testing.assert_allclose(whole, weights.astype(float) @ values)
+    sums = intervals.resampled_sums(values, weights)
+    np.testing.assert_allclose(sums, weights.astype(float) @ values)
     found = intervals.paired_difference(
         values[:, 0] / 3, 0 * values[:, 1], weights, np.random.default_rng(2)
     )
-    monkeypatch.setattr(
-        intervals, "CELLS", 250
-    )  # 8 resamples of 30 prompts, the last block has one
-    np.testing.assert_allclose(intervals.resampled_sums(values, weights), whole)
+    # blocks of 8 resamples of 30 prompts; the last block has one resample
+    monkeypatch.setattr(intervals, "CELLS", 250)
+    np.testing.assert_allclose(intervals.resampled_sums(values, weights), sums)
     again = intervals.paired_difference(
         values[:, 0] / 3, 0 * values[:, 1], weights, np.random.default_rng(2)
     )
     assert again["p_value"] == found["p_value"] and 0 < found["p_value"] < 1
     monkeypatch.setattr(intervals, "CELLS", 7)  # fewer cells than prompts: one resample at a time
-    np.testing.assert_allclose(intervals.resampled_sums(values, weights), whole)
+    np.testing.assert_allclose(intervals.resampled_sums(values, weights), sums)
 
 
 def test_the_interval_covers_the_truth_95_times_in_100():
@@ -377,7 +376,10 @@ def test_the_p_value_is_that_of_all_sign_flips():
 
 
 def test_the_table_of_the_worked_case():
-    """Best of 2 picks 8/3, 5/3, 5/3, 5; the oracle 8/3, 8/3, 5/3, 5; chance 2, 2, 4/3, 5: a gain of 2/3 out of 5/3."""
+    """The gain of best-of-2 is 2/3 of a possible 5/3.
+
+    By score 8/3, 5/3, 5/3, 5; by golden reward 8/3, 8/3, 5/3, 5; at random 2, 2, 4/3, 5.
+    """
     table = strict_json(ranking.ranking_metrics(SCORES, GOLDEN, weights_for(4)))
     assert table["spearman"] == pytest.approx(0.5)
     assert table["pair_accuracy"] == pytest.approx(7 / 9)
@@ -440,9 +442,10 @@ def test_the_interval_of_r2_is_over_resampled_prompts():
     rng = np.random.default_rng(0)
     golden, predicted = rng.normal(size=(2, 3, 4))
     weights = np.array([[2, 1, 0], [0, 1, 2], [1, 1, 1]], np.float32)
-    drawn = [np.repeat(np.arange(3), row.astype(int)) for row in weights]
+    resamples = [np.repeat(np.arange(3), row.astype(int)) for row in weights]
     expected = np.percentile(
-        [r2_score(golden[d].ravel(), predicted[d].ravel()) for d in drawn], [2.5, 97.5]
+        [r2_score(golden[rows].ravel(), predicted[rows].ravel()) for rows in resamples],
+        [2.5, 97.5],
     )
     np.testing.assert_allclose(
         scale_metrics(predicted, golden, weights)["r2_ci95"], expected, rtol=1e-5

@@ -145,7 +145,7 @@ def open_ensemble(args, record, teacher, train, fit_prompts):
     else:
         scale = scoring.scale_of(teacher.paths, train, fit_prompts, dtype)
     models = model_files.Stored(teacher.paths, train.shape[2])  # one in memory at a time
-    return scoring.Ensemble(models, *scale, dtype)
+    return scoring.ScaledEnsemble(models, *scale, dtype)
 
 
 def score(ensemble, sample):

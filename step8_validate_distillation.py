@@ -130,7 +130,7 @@ def is_unchanged(path, entry):
 class Scorers:
     """What the variants come from. teacher: None where step 6 has scored its members."""
 
-    teacher: scoring.Ensemble | None
+    teacher: scoring.ScaledEnsemble | None
     student: mlp.MLP
     teacher_map: Callable
     student_map: Callable

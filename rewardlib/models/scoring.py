@@ -17,7 +17,7 @@ SCALE_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class ScaledEnsemble:
     """E reward models on one scale: member score = (raw - centre) / spread.
 
     models: a list, or Stored; centre, spread: (E,); dtype: the torch type that hidden layers
@@ -62,7 +62,7 @@ def _finite(paths, centre, spread):
 def load(paths, train, prompts, dtype=torch.float32):
     """The models at `paths` on one scale: mean 0, sd 1 over a fixed sample of the responses of `prompts`."""
     models = _loaded(paths, train.shape[2], dtype)
-    return Ensemble(models, *_finite(paths, *scale(models, train, prompts, dtype)), dtype)
+    return ScaledEnsemble(models, *_finite(paths, *scale(models, train, prompts, dtype)), dtype)
 
 
 def _loaded(paths, dim, dtype):
@@ -76,7 +76,7 @@ def _loaded(paths, dim, dtype):
 def load_members(output_dir, record, dim, dtype=torch.float32):
     """The ensemble of step 5's `record`, on the scale that step 5 measured."""
     paths = [Path(output_dir) / member["file"] for member in record["members"]]
-    return Ensemble(_loaded(paths, dim, dtype), *recorded_scale(record), dtype)
+    return ScaledEnsemble(_loaded(paths, dim, dtype), *recorded_scale(record), dtype)
 
 
 def recorded_scale(record):

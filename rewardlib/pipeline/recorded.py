@@ -151,9 +151,9 @@ def fit(pairs, objective, settings, n_members, seed):
     models, logs = zip(*trained, strict=True)
     raw = np.stack([mlp.predict(model, pairs.rows) for model in models]).astype(float)
     spread = raw.std(1)
-    return scoring.Ensemble(list(models), raw.mean(1), np.where(spread > 0, spread, 1.0)), list(
-        logs
-    )
+    return scoring.ScaledEnsemble(
+        list(models), raw.mean(1), np.where(spread > 0, spread, 1.0)
+    ), list(logs)
 
 
 @dataclass(frozen=True)

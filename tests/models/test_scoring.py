@@ -281,7 +281,7 @@ def test_blocks_do_not_change_scores(tmp_path, monkeypatch):
 def test_stored_models_score_as_loaded_ones_and_are_read_when_asked_for(tmp_path):
     paths, data = save_models(tmp_path), responses()
     loaded = scoring.load(paths, data, np.arange(N))
-    stored = scoring.Ensemble(model_files.Stored(paths, D), loaded.centre, loaded.spread)
+    stored = scoring.ScaledEnsemble(model_files.Stored(paths, D), loaded.centre, loaded.spread)
     rows = data.embeddings[0]
     np.testing.assert_array_equal(
         scoring.score_rows(stored, rows), scoring.score_rows(loaded, rows)
@@ -351,7 +351,9 @@ def test_members_are_held_in_the_type_that_they_compute_in(tmp_path, dtype):
     record = {"members": [{"file": path.name} for path in paths], "scale": scale}
     for ensemble in (loaded, scoring.load_members(tmp_path, record, D, dtype)):
         assert {made.fc1.weight.dtype for made in ensemble.models} == {dtype}
-        stored = scoring.Ensemble(model_files.Stored(paths, D), loaded.centre, loaded.spread, dtype)
+        stored = scoring.ScaledEnsemble(
+            model_files.Stored(paths, D), loaded.centre, loaded.spread, dtype
+        )
         np.testing.assert_array_equal(
             scoring.score(ensemble, data, [2, 0]), scoring.score(stored, data, [2, 0])
         )

@@ -147,6 +147,23 @@ def test_recorded_pairs_are_trained_on_in_the_precision_that_is_recorded(
     assert types == [torch.float32, torch.bfloat16]
 
 
+def test_members_on_recorded_pairs_validate_on_their_own_fold(tmp_path, monkeypatch):
+    path, jobs, train = recorded(tmp_path / "pairs.npz"), [], train_ensemble
+
+    def remember(rows, pairs, labels, members, *rest):
+        jobs.extend(members)
+        return train(rows, pairs, labels, members, *rest)
+
+    monkeypatch.setattr(step5_train_rms, "train_ensemble", remember)
+    run(5, path, tmp_path / "out", "--ensemble_number", "7")
+    [record] = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("orm_*.json"))
+    folds = np.array(record["folds"])
+    assert len({seed for _, _, seed in jobs}) == 7 and set(folds) == set(range(4))
+    for member, (fit, held, _) in enumerate(jobs):
+        assert set(folds[held]) == {member % 4}
+        assert sorted([*fit, *held]) == list(range(len(folds)))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

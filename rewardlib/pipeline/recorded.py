@@ -21,7 +21,6 @@ from rewardlib.errors import InputError
 from rewardlib.measures import intervals, preferences
 from rewardlib.models import aggregation, scoring
 from rewardlib.nets import mlp
-from rewardlib.nets.training import train_ensemble
 from rewardlib.pipeline import baselines, preference_maps, run_record
 
 SPLIT_FILE = "pair_split.json"
@@ -41,15 +40,6 @@ def split(data, seed):
     # split_prompts deals in these shares too, under the names of a pipeline that trains on few
     # prompts
     return dict(zip(ROLES, splits.split_prompts(data.responses.groups, seed).values(), strict=True))
-
-
-def rotations(data, seed, n_folds=5):
-    """n_folds splits for cross-validation: fold i is held out, the next one calibrates, the others train."""
-    folds = splits.assign_folds(data.responses.groups, n_folds, seeds.rng(seed, "rotations"))
-    turned = ((folds - i) % n_folds for i in range(n_folds))
-    return [
-        dict(zip(ROLES, map(np.flatnonzero, (t > 1, t == 1, t == 0)), strict=True)) for t in turned
-    ]
 
 
 def save_split(output_dir, roles, seed):
@@ -133,27 +123,6 @@ def draw(data, at, seed, dtype=None):
     return TrainingPairs(
         rows, index, (~turned).astype(float), np.stack([groups, groups], 1), folds, n_folds
     )
-
-
-def fit(pairs, objective, settings, n_members, seed):
-    """Train n_members reward models on TrainingPairs; member i validates on fold i mod n_folds.
-
-    objective: "bt" or "clf"; settings: networks.Training. Returns (ensembles.Ensemble on the scale
-    of the training responses, [training log of each member]).
-    """
-    jobs = []
-    for member in range(n_members):
-        held = pairs.folds == member % pairs.n_folds
-        jobs.append(
-            (np.flatnonzero(~held), np.flatnonzero(held), seeds.torch_seed(seed, "member", member))
-        )
-    trained = train_ensemble(pairs.rows, pairs.index, pairs.labels, jobs, objective, settings)
-    models, logs = zip(*trained, strict=True)
-    raw = np.stack([mlp.predict(model, pairs.rows) for model in models]).astype(float)
-    spread = raw.std(1)
-    return scoring.ScaledEnsemble(
-        list(models), raw.mean(1), np.where(spread > 0, spread, 1.0)
-    ), list(logs)
 
 
 @dataclass(frozen=True)

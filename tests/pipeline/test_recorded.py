@@ -18,10 +18,11 @@ from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
-from rewardlib import artifacts
+from rewardlib import artifacts, seeds
 from rewardlib.data import embeddings, pair_files
 from rewardlib.errors import InputError
 from rewardlib.measures import intervals, preferences
+from rewardlib.models import scoring
 from rewardlib.models.mlp import BT_MLP
 from rewardlib.nets import mlp
 from rewardlib.nets.training import Training, train_ensemble
@@ -471,22 +472,16 @@ def test_duplicates_stay_on_one_side_of_every_split(tmp_path, duplicate):
     assert data.about["n_linked"] == 2 and data.about[
         "n_linked_by_prompt"
     ] == 2 * duplicate.startswith("prompt")
-    splits = [recorded.split(data, seed) for seed in range(30)] + recorded.rotations(data, 6)
+    splits = [recorded.split(data, seed) for seed in range(30)]
     assert {np.isin([0, 39], roles["held_out"]).sum() for roles in splits} == {0, 2}
     for roles in splits:
         assert all(np.isin([0, 39], rows).sum() in (0, 2) for rows in roles.values())
         assert np.sort(np.concatenate(list(roles.values()))).tolist() == list(range(40))
 
 
-def test_roles_have_60_20_20_percent_and_rotations_hold_every_pair_out_once():
+def test_roles_have_60_20_20_percent():
     data = made_preferences(100)
     assert [len(rows) for rows in recorded.split(data, 6).values()] == [60, 20, 20]
-    turns = recorded.rotations(data, 6)
-    assert [[len(rows) for rows in roles.values()] for roles in turns] == [[60, 20, 20]] * 5
-    for role in ("calibration", "held_out"):
-        assert np.sort(np.concatenate([roles[role] for roles in turns])).tolist() == list(
-            range(100)
-        )
 
 
 def test_a_saved_split_comes_back_and_a_changed_one_is_refused(tmp_path):
@@ -787,10 +782,23 @@ def test_no_fold_enters_its_own_calibration():
 # ----------------------------------------------------------------------------------- the whole line
 
 
-def run(data, seed=6, objective="bt", n_members=3):
+def train(data, pairs, rows, objective="bt", n_members=3, seed=6):
+    """Members trained as step 5 trains them, on the scale that step 6 measures, and their logs."""
+    jobs = []
+    for member in range(n_members):
+        held = pairs.folds == member % pairs.n_folds
+        torch_seed = seeds.torch_seed(seed, "member", member)
+        jobs.append((np.flatnonzero(~held), np.flatnonzero(held), torch_seed))
+    trained = train_ensemble(pairs.rows, pairs.index, pairs.labels, jobs, objective, SETTINGS)
+    models, logs = zip(*trained, strict=True)
+    scale = scoring.scale(models, data.responses, rows)
+    return scoring.ScaledEnsemble(models, *scale), logs
+
+
+def run(data, seed=6, objective="bt"):
     roles = recorded.split(data, seed)
     pairs = recorded.draw(data, roles["train"], seed)
-    ensemble, logs = recorded.fit(pairs, objective, SETTINGS, n_members, seed)
+    ensemble, logs = train(data, pairs, roles["train"], objective, seed=seed)
     return recorded.evaluate(ensemble, pairs, data, roles, seed), logs, ensemble
 
 
@@ -864,7 +872,7 @@ def test_held_out_pairs_are_calibrated_by_calibration_pairs_alone():
 def test_differences_of_an_ensemble_are_in_the_logits_of_its_members():
     data, at = made_preferences(60), np.arange(40, 60)
     pairs = recorded.draw(data, np.arange(40), 6)
-    ensemble, _ = recorded.fit(pairs, "bt", SETTINGS, 3, 6)
+    ensemble, _ = train(data, pairs, np.arange(40))
     logits = np.array(
         [
             recorded.model_differences(lambda x, m=m: mlp.predict(m, x), data, at)
@@ -891,23 +899,6 @@ def test_coin_flips_are_not_learned():
 def test_one_seed_one_result_to_the_byte():
     first, second, other = (json.dumps(run(made_preferences(100), seed)[0]) for seed in (6, 6, 7))
     assert first == second != other
-
-
-def test_members_validate_on_their_own_fold(monkeypatch):
-    jobs = []
-    trained = train_ensemble
-
-    def spy(rows, pairs, labels, members, objective, settings):
-        jobs.extend(members)
-        return trained(rows, pairs, labels, members, objective, settings)
-
-    monkeypatch.setattr(recorded, "train_ensemble", spy)
-    data = made_preferences(100)
-    pairs = recorded.draw(data, np.arange(100), 6)
-    recorded.fit(pairs, "bt", SETTINGS, 7, 6)
-    assert len({seed for _, _, seed in jobs}) == 7
-    for member, (fit, held, _) in enumerate(jobs):
-        assert set(pairs.folds[held]) == {member % 5} and sorted([*fit, *held]) == list(range(100))
 
 
 # --------------------------------------------------------------------------------------------- data

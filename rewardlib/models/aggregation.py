@@ -1,18 +1,22 @@
-"""From the scores of several reward models on one scale to one score. Arrays alone; ensembles.py has the models.
+"""Aggregation of the scores of several reward models into one score, on arrays alone.
 
-mean, worst case (min) and uncertainty-weighted optimisation (uwo): arXiv 2310.02743; lcb is the
-lower confidence bound of bandits and Bayesian optimisation.
+mean, min (worst case) and uwo (uncertainty-weighted optimisation): arXiv 2310.02743. lcb: the lower
+confidence bound of bandits and Bayesian optimisation. scoring.py brings models to one scale first.
 """
+
+import numpy as np
 
 UWO_LAMBDA = 0.5
 LCB_C = 1.0
 
 
-def aggregate(scores, uwo_lambda=UWO_LAMBDA, lcb_c=LCB_C):
-    """{aggregation: (...)} of member scores (E, ...) on one scale.
+def aggregate(
+    scores: np.ndarray, uwo_lambda: float = UWO_LAMBDA, lcb_c: float = LCB_C
+) -> dict[str, np.ndarray]:
+    """{aggregation: scores (...)} from member scores (E, ...) on one scale.
 
-    mean; min; uwo: mean - uwo_lambda * variance; lcb: mean - lcb_c * standard deviation (both over
-    the E members, divided by E); first: the first member alone.
+    mean: mean of the E members; min: lowest member score; uwo: mean - uwo_lambda * variance; lcb:
+    mean - lcb_c * standard deviation; first: score of the first member. Variances divide by E.
     """
     mean, variance = scores.mean(0), scores.var(0)
     return {

@@ -1,9 +1,12 @@
-"""Reward models from classifiers of single responses into preferred and not preferred: LightGBM, scikit-learn's."""
+"""Reward models from classifiers of single responses: LightGBM, and any classifier of scikit-learn.
+
+The classes are preferred and not preferred; base.py says why such a classifier is a reward model.
+"""
 
 import numpy as np
 from joblib import effective_n_jobs
 from scipy.special import logit
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 
 from rewardlib.models import checks, solvers
 from rewardlib.models.base import RewardModel
@@ -12,19 +15,20 @@ CLIP = 1e-6
 
 
 class CLF_LGBM(RewardModel):
-    """Gradient-boosted trees on single responses, LightGBM's default settings as in arXiv 2411.04991; logit = score.
+    """Gradient-boosted trees on single responses; the score is the logit.
 
-    Needs the optional package lightgbm. n_jobs: threads; the trees do not depend on their number.
+    The default settings are LightGBM's own, as in arXiv 2411.04991. Needs the optional package
+    lightgbm. n_jobs: number of threads; the trees do not depend on it.
     """
 
     def __init__(
         self,
-        n_estimators=100,
-        learning_rate=0.1,
-        num_leaves=31,
-        min_child_samples=20,
-        n_jobs=1,
-        random_state=0,
+        n_estimators: int = 100,
+        learning_rate: float = 0.1,
+        num_leaves: int = 31,
+        min_child_samples: int = 20,
+        n_jobs: int = 1,
+        random_state: int | np.random.RandomState | None = 0,
     ):
         self.n_estimators = n_estimators
         self.learning_rate = learning_rate
@@ -37,14 +41,15 @@ class CLF_LGBM(RewardModel):
         lightgbm = import_lightgbm()
         flat = index.ravel()
 
-        class Sides(lightgbm.Sequence):  # LightGBM bins the responses of the pairs block by block
+        # LightGBM bins the responses of the pairs block by block: no array of 2 M rows is made.
+        class Sides(lightgbm.Sequence):
             batch_size = solvers.BLOCK_ROWS
 
             def __len__(self):
                 return len(flat)
 
-            def __getitem__(self, at):
-                return rows[flat[at]].astype(float)
+            def __getitem__(self, positions):
+                return rows[flat[positions]].astype(float)
 
         settings = {
             "objective": "binary",
@@ -61,13 +66,12 @@ class CLF_LGBM(RewardModel):
         self.booster_ = lightgbm.train(settings, data, self.n_estimators)
 
     def _score(self, rows):
-        return self.booster_.predict(
-            rows, raw_score=True, num_threads=effective_n_jobs(self.n_jobs)
-        )
+        n_threads = effective_n_jobs(self.n_jobs)
+        return self.booster_.predict(rows, raw_score=True, num_threads=n_threads)
 
 
-def has_lightgbm():
-    """Whether CLF_LGBM can be fitted here; the preflight of a script asks."""
+def has_lightgbm() -> bool:
+    """Whether lightgbm is installed, so that CLF_LGBM can be fitted."""
     try:
         import_lightgbm()
     except ImportError:
@@ -76,11 +80,12 @@ def has_lightgbm():
 
 
 def import_lightgbm():
+    """The module lightgbm; ImportError with the command that installs it."""
     try:
         import lightgbm
     except ImportError:
         raise ImportError(
-            'CLF_LGBM: expected the package lightgbm, found none; pip install -e ".[trees]"'
+            'CLF_LGBM needs the package lightgbm; pip install -e ".[trees]"'
         ) from None
     return lightgbm
 
@@ -88,24 +93,23 @@ def import_lightgbm():
 class CLF_Any(RewardModel):
     """Any scikit-learn classifier, fitted to single responses with preferred = 1.
 
-    The score is its decision_function, or where it has none the logit of predict_proba clipped to
-    [1e-6, 1 - 1e-6]. It is given all 2 M responses as one array, because not every classifier takes
-    weights.
+    The score is the decision_function of the classifier or, where the classifier has none, the
+    logit of its predict_proba clipped to [1e-6, 1 - 1e-6]. The classifier gets all 2 M responses as
+    one array, because not every classifier takes sample weights.
     """
 
-    def __init__(self, estimator):
+    def __init__(self, estimator: BaseEstimator):
         self.estimator = estimator
 
     def _fit(self, rows, index, labels, groups):
-        if not any(
-            hasattr(self.estimator, name) for name in ("decision_function", "predict_proba")
-        ):
+        methods = ("decision_function", "predict_proba")
+        if not any(hasattr(self.estimator, name) for name in methods):
             raise ValueError(
-                f"estimator should have decision_function or predict_proba; {type(self.estimator).__name__} has neither"
+                "estimator should have decision_function or predict_proba; "
+                f"{type(self.estimator).__name__} has neither"
             )
-        self.estimator_ = clone(self.estimator).fit(
-            rows[index.ravel()], solvers.one_by_one(labels).astype(int)
-        )
+        targets = solvers.one_by_one(labels).astype(int)
+        self.estimator_ = clone(self.estimator).fit(rows[index.ravel()], targets)
 
     def _score(self, rows):
         rows = rows.astype(float)

@@ -1,4 +1,4 @@
-"""Several copies of one reward model, their scores on one scale and aggregated."""
+"""The ensemble estimator: copies of one reward model, their scores on one scale and aggregated."""
 
 import numpy as np
 from sklearn.base import clone
@@ -15,24 +15,26 @@ REDRAWS = 100
 
 
 class Ensemble(RewardModel):
-    """n copies of any reward model, each from its own seed, their scores on one scale and then aggregated.
+    """n copies of a reward model, each with its own seed; their scores on one scale, aggregated.
 
-    estimator: a reward model; bootstrap: True: each member on the pairs (ratings) of groups drawn
-    with replacement; aggregation: mean, min (worst case), uwo (uncertainty-weighted) or lcb (lower
-    confidence bound), see aggregation.aggregate; one scale: each member has mean 0 and standard
-    deviation 1 over (at most 4096 of) the responses it was fitted to. Models without randomness of
-    their own need bootstrap=True: ValueError where the first two members are the same.
+    estimator: a reward model. bootstrap: True fits each member to the pairs (ratings) of groups
+    drawn with replacement. aggregation: mean, min (worst case), uwo (uncertainty-weighted), lcb
+    (lower confidence bound) or first; see aggregation.aggregate, also for uwo_lambda and lcb_c.
+
+    On the common scale each member has mean 0 and standard deviation 1 over at most 4096 of the
+    responses that the ensemble was fitted to. A model that draws nothing at random needs
+    bootstrap=True: ValueError where the first two members are the same.
     """
 
     def __init__(
         self,
-        estimator,
-        n=10,
-        bootstrap=False,
-        aggregation="mean",
-        random_state=0,
-        uwo_lambda=UWO_LAMBDA,
-        lcb_c=LCB_C,
+        estimator: RewardModel,
+        n: int = 10,
+        bootstrap: bool = False,
+        aggregation: str = "mean",
+        random_state: int | np.random.RandomState | None = 0,
+        uwo_lambda: float = UWO_LAMBDA,
+        lcb_c: float = LCB_C,
     ):
         self.estimator = estimator
         self.n = n
@@ -42,26 +44,34 @@ class Ensemble(RewardModel):
         self.uwo_lambda = uwo_lambda
         self.lcb_c = lcb_c
 
-    def fit(self, pairs, labels, embeddings=None, groups=None):
-        """Fit all members; arguments as those of the estimator's own fit (ratings for labels in Regression_Ridge)."""
+    def fit(
+        self,
+        pairs: np.ndarray,
+        labels: np.ndarray,
+        embeddings: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
+    ) -> "Ensemble":
+        """Fit all members; arguments as in the estimator's own fit.
+
+        For Regression_Ridge, pairs are embeddings and labels are ratings.
+        """
         if self.aggregation not in ("mean", "min", "uwo", "lcb", "first") or self.n < 1:
             raise ValueError(
                 "expected n of at least 1 and aggregation mean, min, uwo, lcb or first; "
                 f"got n {self.n} and {self.aggregation!r}"
             )
-        matrix, sides = {}, None
         if isinstance(self.estimator, Regression_Ridge):
             pairs, labels, groups = checks.check_ratings(pairs, labels, groups)
+            sample, options = self._sample(pairs, None), {}
         else:
             rows, pairs, labels, groups = checks.check_pairs(pairs, labels, embeddings, groups)
-            matrix, sides = {"embeddings": rows}, pairs.ravel()
-        sample = self._sample(matrix.get("embeddings", pairs), sides)
+            sample, options = self._sample(rows, pairs.ravel()), {"embeddings": rows}
         members, raw = [], []
         for i in range(self.n):
             rng = checks.random_generator(self.random_state, "member", i)
             member = _reseed(clone(self.estimator), rng)
-            at = self._draw(labels, groups, rng) if self.bootstrap else slice(None)
-            members.append(member.fit(pairs[at], labels[at], groups=groups[at], **matrix))
+            drawn = self._draw(labels, groups, rng) if self.bootstrap else slice(None)
+            members.append(member.fit(pairs[drawn], labels[drawn], groups=groups[drawn], **options))
             raw.append(member.predict(sample).astype(float))
             if i == 1 and not self.bootstrap and np.array_equal(raw[0], raw[1]):
                 name = type(self.estimator).__name__
@@ -75,40 +85,35 @@ class Ensemble(RewardModel):
         return self
 
     def _sample(self, embeddings, flat):
-        """(m, D) embeddings of some of the responses numbered `flat` (None: of all there are)."""
+        """Embeddings (m, D) of up to SCALE_ROWS of the responses numbered `flat`; None: of all."""
         flat = np.arange(np.prod(embeddings.shape[:-1])) if flat is None else flat
-        return checks.take_rows(
-            embeddings,
-            checks.random_generator(self.random_state, "ensemble scale").permutation(flat)[
-                :SCALE_ROWS
-            ],
-        )
+        rng = checks.random_generator(self.random_state, "ensemble scale")
+        return checks.take_rows(embeddings, rng.permutation(flat)[:SCALE_ROWS])
 
     def _draw(self, labels, groups, rng):
-        """Positions of a bootstrap of whole groups that does not hold one label alone."""
+        """Positions of a bootstrap of whole groups, drawn again while only one label occurs."""
         for _ in range(REDRAWS):
-            at = bootstrap(groups, rng)
-            if labels[at].min() < labels[at].max():
+            positions = bootstrap(groups, rng)
+            if labels[positions].min() < labels[positions].max():
                 break
-        return at
+        return positions
 
-    def predict_members(self, embeddings):
+    def predict_members(self, embeddings: np.ndarray) -> np.ndarray:
         """Scores of every member on one scale, (n, N, K, 1) or (n, M, 1)."""
         check_is_fitted(self)
-        each = zip(self.estimators_, self.center_, self.spread_, strict=True)
+        members = zip(self.estimators_, self.center_, self.spread_, strict=True)
         return np.stack(
-            [(member.predict(embeddings) - center) / spread for member, center, spread in each]
+            [(member.predict(embeddings) - center) / spread for member, center, spread in members]
         )
 
-    def predict(self, embeddings):
+    def predict(self, embeddings: np.ndarray) -> np.ndarray:
         """Aggregated scores (N, K, 1) or (M, 1)."""
-        return aggregate(self.predict_members(embeddings), self.uwo_lambda, self.lcb_c)[
-            self.aggregation
-        ]
+        scores = aggregate(self.predict_members(embeddings), self.uwo_lambda, self.lcb_c)
+        return scores[self.aggregation]
 
 
 def _reseed(estimator, rng):
-    """Give every random_state of an estimator, nested ones too, a number of its own."""
+    """The estimator with a new number for each of its random_state parameters, nested ones too."""
     names = [
         name for name in sorted(estimator.get_params()) if name.split("__")[-1] == "random_state"
     ]

@@ -1,71 +1,74 @@
-"""Linear reward models: Bradley-Terry, its Laplace approximation, classification, ridge regression on ratings."""
+"""Linear reward models: Bradley-Terry, its Laplace approximation, classification, ridge."""
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import brentq
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 
 from rewardlib.data import splits
-from rewardlib.models import checks, solvers
-from rewardlib.models.base import BLOCK_BYTES, RewardModel
+from rewardlib.models import base, checks, solvers
 
 
-class _Linear(RewardModel):
-    """A reward model with weights coef_ (D,), intercept_ and the penalty alpha_ it was fitted with, by `_solve`.
+class _Linear(base.RewardModel):
+    """A reward model with weights coef_ (D,), intercept_ and the penalty alpha_ of its fit.
 
-    alpha: ridge penalty, alpha / 2 |w|^2 beside the sum of the losses: scikit-learn's 1 / C and the
-    precision of a Gaussian prior. None: the strongest of linear.STRENGTHS that orders held-out
-    pairs within one standard error of the best. It is judged on `cv` folds of whole groups, by the
-    logistic loss of score differences times the one positive number that suits them best: a ridge
-    penalty shrinks scores, which does not change their order.
+    Subclasses define _solve, a solver such as solvers.fit_bt. alpha: ridge penalty, the factor of
+    |w|^2 / 2 beside the sum of the losses; scikit-learn's 1 / C and the precision of a Gaussian
+    prior. None: the strongest of solvers.STRENGTHS that orders held-out pairs within one standard
+    error of the best strength, on `cv` folds of whole groups.
+
+    Strengths are compared by the logistic loss of score differences times the one positive number
+    that suits them best: a ridge penalty shrinks scores, which does not change their order.
     """
 
-    def __init__(self, alpha=None, cv=5, random_state=0):
+    def __init__(
+        self,
+        alpha: float | None = None,
+        cv: int = 5,
+        random_state: int | np.random.RandomState | None = 0,
+    ):
         self.alpha = alpha
         self.cv = cv
         self.random_state = random_state
 
     def _fit(self, rows, index, labels, groups):
-        self.alpha_ = (
-            _positive(self.alpha)
-            if self.alpha is not None
-            else self._choose(rows, index, labels, groups)
-        )
+        if self.alpha is None:
+            self.alpha_ = self._choose(rows, index, labels, groups)
+        else:
+            self.alpha_ = _positive(self.alpha)
         self.coef_, self.intercept_ = self._solve(rows, index, labels, self.alpha_)
 
     def _choose(self, rows, index, labels, groups):
+        """alpha by cross-validation; the strongest where one group leaves no fold to hold out."""
         folds, best = _folds(self, groups), 0
         penalties = np.multiply(solvers.STRENGTHS, max(_moments(rows, index)[1], 1e-12))
         if folds.any():
-            logits = solvers.held_out_logits(
+            logits_SM = solvers.held_out_logits(
                 self._solve, rows, index, labels, folds, np.unique(folds), penalties
             )
-            best = self._best(logits, labels, groups)
+            best = self._best(logits_SM, labels, groups)
         return penalties[best] * len(labels)
 
-    def _best(self, logits, labels, groups):
-        """Number of the best row of held-out score differences (S, M)."""
-        return solvers.within_one_error(
-            np.stack([solvers.rescaled_loss(row, labels) for row in logits]), groups
-        )
+    def _best(self, logits_SM, labels, groups):
+        """Index of the chosen strength, from held-out score differences (S, M)."""
+        losses_SM = np.stack([solvers.rescaled_loss(logits, labels) for logits in logits_SM])
+        return solvers.within_one_error(losses_SM, groups)
 
     def _score(self, rows):
         return solvers.product(rows, self.coef_) + self.intercept_
 
 
 def _moments(rows, index):
-    """linear.moments of all sides of the pairs: the same whether a response that comes twice is one row or two."""
+    """solvers.moments of all sides of the pairs: a response that occurs twice counts twice."""
     return solvers.moments(rows, np.bincount(index.ravel(), minlength=len(rows)).astype(float))
 
 
 def _folds(model, groups):
     """(M,) numbers of at most model.cv folds of whole groups."""
-    return splits.assign_folds(
-        groups,
-        min(model.cv, groups.max() + 1),
-        checks.random_generator(model.random_state, "cross-validation"),
-    )
+    n_folds = min(model.cv, groups.max() + 1)
+    rng = checks.random_generator(model.random_state, "cross-validation")
+    return splits.assign_folds(groups, n_folds, rng)
 
 
 def _positive(alpha):
@@ -77,9 +80,9 @@ def _positive(alpha):
 
 
 class BT_Linear(_Linear):
-    """Linear Bradley-Terry model: logistic regression on x_0 - x_1 without intercept, its exact optimum.
+    """Linear Bradley-Terry model: exact logistic regression on x_0 - x_1, without intercept.
 
-    alpha: ridge penalty (scikit-learn's 1 / C), None: chosen on `cv` folds of whole groups; see
+    alpha: ridge penalty, scikit-learn's 1 / C; None: chosen on `cv` folds of whole groups, see
     _Linear.
     """
 
@@ -87,72 +90,90 @@ class BT_Linear(_Linear):
 
 
 class BT_Laplace(BT_Linear):
-    """Bayesian linear Bradley-Terry model: Gaussian posterior at the MAP weights, covariance the inverse exact Hessian.
+    """Bayesian linear Bradley-Terry model with a Gaussian posterior over the weights.
 
     The Laplace approximation of Bayesian logistic regression (MacKay, Neural Computation 4, 1992)
-    with prior w ~ N(0, 1 / alpha): precision alpha I + sum over pairs of p (1 - p) z z', z = x_0 -
-    x_1. Pairs tell differences of scores only; a score is given as the difference to the mean
-    training response (`center_`), and so is its standard deviation. That of the difference of two
-    given responses comes from predict_difference, not from the two alone.
+    with prior w ~ N(0, 1 / alpha): the posterior mean is the MAP estimate, the posterior precision
+    alpha I + sum over pairs of p (1 - p) z z', where z = x_0 - x_1. Pairs say nothing about the
+    level of the scores, so a score and its standard deviation are those of the difference to the
+    mean training response (`center_`). The standard deviation of the difference of two responses
+    comes from predict_difference; the two single ones do not determine it.
 
-    features: None, or a BT_MLP: last-layer Laplace (arXiv 2106.14806). It is fitted to the same
-    pairs, or used as it is when wrapped in scikit-learn's FrozenEstimator; its last hidden layer
-    takes the place of the embeddings and its output weights that of the MAP, so that the means are
-    its own scores.
+    features: None, or a BT_MLP for last-layer Laplace (arXiv 2106.14806). The BT_MLP is fitted to
+    the same pairs, or used as it is when wrapped in scikit-learn's FrozenEstimator. Its last hidden
+    layer takes the place of the embeddings and its output weights the place of the MAP estimate, so
+    that the posterior means are its own scores.
 
     alpha: prior precision. None: as in BT_Linear, but by the plain loss, because the posterior is
-    about probabilities; with features, that of the highest marginal likelihood. cv, random_state as
-    in BT_Linear.
+    about probabilities; with features, the precision of the highest marginal likelihood. cv,
+    random_state: as in BT_Linear.
     """
 
-    def __init__(self, alpha=None, features=None, cv=5, random_state=0):
+    def __init__(
+        self,
+        alpha: float | None = None,
+        features: BaseEstimator | None = None,
+        cv: int = 5,
+        random_state: int | np.random.RandomState | None = 0,
+    ):
         super().__init__(alpha, cv, random_state)
         self.features = features
 
     def _fit(self, rows, index, labels, groups):
         if self.features is None:
             super()._fit(rows, index, labels, groups)
-            hessian = solvers.logistic_hessian(rows, index, self.coef_)
+            hessian_DD = solvers.logistic_hessian(rows, index, self.coef_)
         else:
             self.features_ = clone(self.features).fit(index, labels, embeddings=rows, groups=groups)
             rows, self.coef_ = self.features_.features(rows), self.features_.output_weights()
-            hessian = solvers.logistic_hessian(rows, index, self.coef_)
-            self.alpha_ = (
-                _evidence_alpha(hessian, self.coef_)
-                if self.alpha is None
-                else _positive(self.alpha)
-            )
+            hessian_DD = solvers.logistic_hessian(rows, index, self.coef_)
+            if self.alpha is None:
+                self.alpha_ = _evidence_alpha(hessian_DD, self.coef_)
+            else:
+                self.alpha_ = _positive(self.alpha)
         self.center_ = _moments(rows, index)[0]
         self.intercept_ = float(-self.center_ @ self.coef_)
-        precision = hessian + self.alpha_ * np.eye(len(hessian))
-        self.covariance_ = cho_solve(cho_factor(precision), np.eye(len(precision)))
+        precision_DD = hessian_DD + self.alpha_ * np.eye(len(hessian_DD))
+        self.covariance_ = cho_solve(cho_factor(precision_DD), np.eye(len(precision_DD)))
 
-    def _best(self, logits, labels, groups):
-        return int(np.argmin(solvers.logistic_loss(logits, labels).sum(1)))
+    def _best(self, logits_SM, labels, groups):
+        return int(np.argmin(solvers.logistic_loss(logits_SM, labels).sum(1)))
 
     def _phi(self, rows):
+        """Inputs of the linear model: the rows themselves, or their features."""
         return rows if self.features is None else self.features_.features(rows)
 
     def _score(self, rows):
         return super()._score(self._phi(rows))
 
-    def _std(self, directions):
-        return np.sqrt(np.einsum("md,md->m", directions @ self.covariance_, directions))
+    def _std(self, directions_MD):
+        """Posterior standard deviations (M,) of the scores along directions (M, D)."""
+        return np.sqrt(np.einsum("md,md->m", directions_MD @ self.covariance_, directions_MD))
 
-    def predict(self, embeddings, return_std=False):
-        """Posterior mean of the scores, (N, K, 1) or (M, 1); with return_std=True also their standard deviation."""
+    def predict(
+        self, embeddings: np.ndarray, return_std: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Posterior mean of the scores, (N, K, 1) or (M, 1).
+
+        return_std: whether to return a pair, the mean and the standard deviation, of equal shapes.
+        """
         if not return_std:
             return super().predict(embeddings)
 
         def mean_and_std(rows):
-            rows = self._phi(rows) - self.center_
-            return np.stack([rows @ self.coef_, self._std(rows)], 1)
+            directions = self._phi(rows) - self.center_
+            return np.stack([directions @ self.coef_, self._std(directions)], 1)
 
-        found = self._by_rows(mean_and_std, embeddings)
-        return found[..., :1], found[..., 1:]
+        moments = self._by_rows(mean_and_std, embeddings)
+        return moments[..., :1], moments[..., 1:]
 
-    def predict_difference(self, pairs, embeddings=None):
-        """Posterior mean and standard deviation of s_0 - s_1, each (M,), of pairs (M, 2, D) or (M, 2) row numbers."""
+    def predict_difference(
+        self, pairs: np.ndarray, embeddings: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean and standard deviation of s_0 - s_1, each (M,), of pairs.
+
+        pairs: (M, 2, D), or (M, 2) row numbers into `embeddings`.
+        """
         check_is_fitted(self)
         rows, index = checks.check_index(pairs, embeddings)
         self._check_width(rows.shape)
@@ -166,13 +187,14 @@ class BT_Laplace(BT_Linear):
         return np.concatenate(mean), np.concatenate(std)
 
 
-def _evidence_alpha(hessian, weights):
-    """Prior precision of the highest Laplace marginal likelihood at fixed weights: alpha |w|^2 = sum h / (h + alpha).
+def _evidence_alpha(hessian_DD, weights):
+    """Prior precision of the highest Laplace marginal likelihood, at fixed weights.
 
-    h: eigenvalues of the Hessian; the right side is MacKay's number of well-determined weights. It
-    falls as alpha rises and the left side rises, so there is one solution.
+    It solves alpha |w|^2 = sum h / (h + alpha) over the eigenvalues h of the Hessian; the right
+    side is MacKay's number of well-determined weights. As alpha rises, the left side rises and the
+    right side falls, so there is one solution.
     """
-    h, size = np.clip(np.linalg.eigvalsh(hessian), 0, None), max(weights @ weights, 1e-24)
+    h, size = np.clip(np.linalg.eigvalsh(hessian_DD), 0, None), max(weights @ weights, 1e-24)
 
     def excess(log_alpha):
         alpha = np.exp(log_alpha)
@@ -182,34 +204,42 @@ def _evidence_alpha(hessian, weights):
 
 
 class CLF_Linear(_Linear):
-    """Logistic regression of single responses into preferred and other, with intercept; the logit is the score.
+    """Logistic regression of single responses into preferred and other; the logit is the score.
 
-    alpha: ridge penalty (scikit-learn's 1 / C), None: chosen on `cv` folds of whole groups; see
-    _Linear.
+    alpha: ridge penalty, scikit-learn's 1 / C; None: chosen on `cv` folds of whole groups, see
+    _Linear. The intercept is not penalised.
     """
 
     _solve = staticmethod(solvers.fit_clf)
 
 
 class Regression_Ridge(_Linear):
-    """Ridge regression on absolute ratings: what the embeddings give linearly where no comparison is needed.
+    """Ridge regression on absolute ratings: a reference for the models that see comparisons only.
 
-    A reference for models of pairs: it sees golden rewards. within=False predicts the rating
-    itself; True regresses the deviations from each prompt's means (fixed effects), which is what
-    ranking within prompts is about, and needs (N, K, D). alpha: penalty of scikit-learn's Ridge;
-    None: the best of linear.STRENGTHS by the squared error on `cv` folds of whole groups.
+    within: False predicts the rating itself. True regresses the deviations from the means of each
+    prompt (fixed effects), which is what ranking within prompts is about, and needs embeddings
+    (N, K, D). alpha: penalty of scikit-learn's Ridge; None: the best of solvers.STRENGTHS by the
+    squared error on `cv` folds of whole groups.
     """
 
-    def __init__(self, alpha=None, within=False, cv=5, random_state=0):
+    def __init__(
+        self,
+        alpha: float | None = None,
+        within: bool = False,
+        cv: int = 5,
+        random_state: int | np.random.RandomState | None = 0,
+    ):
         super().__init__(alpha, cv, random_state)
         self.within = within
 
-    def fit(self, embeddings, ratings, groups=None):
-        """Fit on embeddings (N, K, D) and ratings (N, K, 1) or (N, K), or on (M, D) and (M, 1) or (M,).
+    def fit(
+        self, embeddings: np.ndarray, ratings: np.ndarray, groups: np.ndarray | None = None
+    ) -> "Regression_Ridge":
+        """Fit to embeddings (N, K, D) and ratings (N, K[, 1]), or to (M, D) and (M[, 1]).
 
-        groups: (N,) or (M,) prompt of each entry of the first axis; None: each its own. Read in
-        blocks: memory does not grow with N. ValueError on other shapes or values that are not
-        finite.
+        groups: (N,) or (M,) prompt of each entry of the first axis; None: each entry is a group of
+        its own. Embeddings are read in blocks: memory does not grow with N. ValueError on other
+        shapes or values that are not finite.
         """
         embeddings, ratings, groups = checks.check_ratings(embeddings, ratings, groups)
         shape = tuple(embeddings.shape)
@@ -221,9 +251,8 @@ class Regression_Ridge(_Linear):
         sums = [self._sums(embeddings, ratings, folds == fold) for fold in np.unique(folds)]
         total = sum(sums)
         if self.alpha is None:
-            self.alpha_ = (
-                solvers.choose_ridge_strength(sums) * total[-1, -1] * solvers.variance(total)
-            )
+            strength = solvers.choose_ridge_strength(sums)
+            self.alpha_ = strength * total[-1, -1] * solvers.variance(total)
         else:
             self.alpha_ = _positive(self.alpha)
         self.coef_, self.intercept_ = solvers.fit_ridge(total, self.alpha_)
@@ -231,12 +260,13 @@ class Regression_Ridge(_Linear):
         return self
 
     def _sums(self, embeddings, ratings, chosen):
-        """linear.second_moments of the chosen (N,) entries of the first axis, block by block."""
-        at, d, total = np.flatnonzero(chosen), embeddings.shape[-1], 0
-        step = max(1, BLOCK_BYTES // (8 * int(np.prod(embeddings.shape[1:]))))
-        for part in (at[start : start + step] for start in range(0, len(at), step)):
+        """solvers.second_moments of the entries of axis 0 that `chosen` (N,) marks, in blocks."""
+        positions, total = np.flatnonzero(chosen), 0
+        step = max(1, base.BLOCK_BYTES // (8 * int(np.prod(embeddings.shape[1:]))))
+        for start in range(0, len(positions), step):
+            part = positions[start : start + step]
             x, y = checks.finite_rows(embeddings[part]).astype(float), ratings[part]
             if self.within:
                 x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-            total = total + solvers.second_moments(x.reshape(-1, d), y.ravel())
+            total = total + solvers.second_moments(x.reshape(-1, x.shape[-1]), y.ravel())
         return total

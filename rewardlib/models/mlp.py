@@ -1,4 +1,4 @@
-"""The reward MLP as scikit-learn estimators: BT_MLP and CLF_MLP. `from networks import BT_MLP` finds them as well."""
+"""The reward MLP as scikit-learn estimators: BT_MLP and CLF_MLP, also importable from networks."""
 
 import numpy as np
 import torch
@@ -10,23 +10,24 @@ from rewardlib.nets.training import Training, default_batch_size, train_ensemble
 
 
 class _PairwiseMLP(RewardModel):
-    """One reward MLP, fitted on preference pairs in scikit-learn's manner; see BT_MLP and CLF_MLP.
+    """One reward MLP, fitted to preference pairs; see BT_MLP and CLF_MLP.
 
-    validation_share: share of the groups of pairs (of the pairs, where groups are not given) that
-    chooses the best epoch; 0 keeps the last. precision: "fp32", "bf16" or "auto", as
-    networks.choose_precision has it.
+    hidden: sizes of the two hidden layers. epochs, learning_rate, patience: as in nets.training.
+    batch_size: pairs per step; None: default_batch_size. validation_share: share of the groups of
+    pairs (without groups, of the pairs) that chooses the best epoch; 0 keeps the last epoch.
+    precision: "fp32", "bf16" or "auto", as in nets.mlp.choose_precision.
     """
 
     def __init__(
         self,
-        hidden=mlp.HIDDEN,
-        epochs=2,
-        learning_rate=1e-3,
-        batch_size=None,
-        patience=5,
-        validation_share=0.1,
-        precision="auto",
-        random_state=0,
+        hidden: tuple[int, int] = mlp.HIDDEN,
+        epochs: int = 2,
+        learning_rate: float = 1e-3,
+        batch_size: int | None = None,
+        patience: int = 5,
+        validation_share: float = 0.1,
+        precision: str = "auto",
+        random_state: int | None = 0,
     ):
         self.hidden = hidden
         self.epochs = epochs
@@ -38,9 +39,7 @@ class _PairwiseMLP(RewardModel):
         self.random_state = random_state
 
     def _fit(self, rows, index, labels, groups):
-        rows = torch.from_numpy(np.require(rows, requirements="W")).to(
-            self._type()
-        )  # torch takes no read-only arrays
+        rows = _writable(rows).to(self._type())
         rng = np.random.default_rng(self.random_state)
         n_held = round(self.validation_share * (groups.max() + 1))
         held = np.isin(groups, rng.permutation(groups.max() + 1)[:n_held])
@@ -53,33 +52,44 @@ class _PairwiseMLP(RewardModel):
         self.model_, self.log_ = next(trained)
 
     def _score(self, rows):
-        return mlp.predict(self.model_, np.require(rows, requirements="W"), self._type())
+        return mlp.predict(self.model_, _writable(rows), self._type())
 
     def _type(self):
         return mlp.TYPES[mlp.choose_precision(self.precision)]
 
-    def features(self, embeddings):
-        """Activations of the last hidden layer, (N, K, H) of embeddings (N, K, D) or (M, H) of (M, D)."""
+    def features(self, embeddings: np.ndarray) -> np.ndarray:
+        """Activations of the last hidden layer: (N, K, H) of (N, K, D), or (M, H) of (M, D)."""
 
         def last_hidden(rows):
             with torch.inference_mode():
-                x = F.relu(self.model_.fc1(torch.from_numpy(np.require(rows, requirements="W"))))
+                x = F.relu(self.model_.fc1(_writable(rows)))
                 return F.relu(self.model_.fc2(x)).numpy()
 
         return self._by_rows(last_hidden, embeddings)
 
-    def output_weights(self):
-        """(H,) weights of the last hidden layer in the score."""
+    def output_weights(self) -> np.ndarray:
+        """Weights (H,) with which the last hidden layer enters the score."""
         return self.model_.fc3.weight.detach().numpy()[0].astype(float)
 
 
+def _writable(rows):
+    """Tensor of rows (m, D), which are copied only where they are read-only, as torch needs."""
+    return torch.from_numpy(np.require(rows, requirements="W"))
+
+
 class BT_MLP(_PairwiseMLP):
-    """Bradley-Terry reward model: P(side 0 preferred) = sigmoid(s_0 - s_1). arXiv 2411.04991, section 3."""
+    """Bradley-Terry reward model: P(side 0 preferred) = sigmoid(s_0 - s_1).
+
+    arXiv 2411.04991, section 3. Parameters as in _PairwiseMLP.
+    """
 
     _objective = "bt"
 
 
 class CLF_MLP(_PairwiseMLP):
-    """Classification reward model: preferred or not, response by response; the logit is the score. arXiv 2411.04991."""
+    """Classification reward model: preferred or not, response by response; the logit is the score.
+
+    arXiv 2411.04991. Parameters as in _PairwiseMLP.
+    """
 
     _objective = "clf"

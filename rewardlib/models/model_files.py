@@ -1,15 +1,15 @@
-"""Every save and load of reward models: an MLP's state_dict, the arrays of a linear model, LightGBM's text.
+"""Files of reward models: every save and every load.
 
 stem.ckpt   MLP: plain state_dict fc1.weight ... fc3.bias, read with weights_only=True
 stem.npz    linear models: their arrays and the name of their class
-stem.txt    trees: LightGBM's text and its digest
+stem.txt    trees: LightGBM's text and the digest of that text
 
-Nothing here unpickles a file that it was given.
+Nothing here unpickles a file.
 """
 
 import glob
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from rewardlib import artifacts
 from rewardlib.errors import InputError
+from rewardlib.models.base import RewardModel
 from rewardlib.models.classifiers import CLF_LGBM, import_lightgbm
 from rewardlib.models.linear import BT_Laplace, BT_Linear, CLF_Linear, Regression_Ridge
 from rewardlib.nets import mlp
@@ -31,10 +32,13 @@ ARRAYS = {
 }
 
 
-def save(stem, model):
-    """Write a fitted model to stem.ckpt (MLP), stem.npz (linear) or stem.txt (trees). Returns the path.
+# --------------------------------------------------------------------------------------------- save
 
-    ValueError for models without such a form; joblib.dump keeps any of them for files that never
+
+def save(stem: str | Path, model: mlp.MLP | RewardModel) -> Path:
+    """Write a fitted model to stem.ckpt (MLP), stem.npz (linear) or stem.txt (trees); its path.
+
+    ValueError for models that have no such form. joblib.dump saves any model, for files that never
     leave your hands.
     """
     if isinstance(model, mlp.MLP):
@@ -47,8 +51,8 @@ def save(stem, model):
     if type(model) in ARRAYS and getattr(model, "features", None) is None:
         return _save_arrays(Path(f"{stem}.npz"), model)
     raise ValueError(
-        f"{type(model).__name__}: expected a linear model of embeddings or CLF_LGBM, found a model without a "
-        "portable form; use joblib.dump"
+        f"{type(model).__name__}: expected a linear model of embeddings or CLF_LGBM, found a model "
+        "without a portable form; use joblib.dump"
     )
 
 
@@ -57,7 +61,7 @@ def is_mlp(path: Path | str) -> bool:
     return Path(path).suffix not in (".npz", ".txt")
 
 
-def save_mlp(path, model):
+def save_mlp(path: str | Path, model: mlp.MLP) -> None:
     """Write the plain state_dict of an MLP."""
     with artifacts.atomic(path) as file:
         torch.save(model.state_dict(), file)
@@ -77,8 +81,14 @@ def _save_arrays(path, model):
     return path
 
 
-def load(path, input_dim):
-    """The model that `save` wrote to `path`; InputError unless it is whole and scores input_dim dimensions."""
+# --------------------------------------------------------------------------------------------- load
+
+
+def load(path: str | Path, input_dim: int) -> mlp.MLP | RewardModel:
+    """The model that `save` wrote to `path`.
+
+    InputError unless the file is undamaged and its model scores embeddings of input_dim dimensions.
+    """
     path = Path(path)
     if is_mlp(path):
         return load_mlp(path, input_dim)
@@ -88,84 +98,106 @@ def load(path, input_dim):
         raise InputError(f"{path} not found; step 5 writes reward models: run it first") from None
     if model.n_features_in_ != input_dim:
         raise InputError(
-            f"{path}: expected a model of {input_dim}-dimensional embeddings, found {model.n_features_in_}; "
-            "it was trained on another embedding model"
+            f"{path}: expected a model of {input_dim}-dimensional embeddings, found "
+            f"{model.n_features_in_}; the model was trained on another embedding model"
         )
     return model
 
 
-def load_mlp(path, input_dim):
-    """An MLP from a plain state_dict fc1.weight ... fc3.bias, any hidden sizes; InputError unless it fits input_dim."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} not found; step 5 writes checkpoints: run it first") from None
-    except Exception as error:  # damaged files fail inside the unpickler in any way
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+def load_mlp(path: str | Path, input_dim: int) -> mlp.MLP:
+    """An MLP from a plain state_dict fc1.weight ... fc3.bias, with hidden layers of any size.
+
+    InputError unless the state_dict fits input_dim.
+    """
+    state = _read_state(path)
+    shape = tuple(state["fc1.weight"].shape)
+    if shape[1:] != (input_dim,):
         raise InputError(
-            f"{path}: expected a torch checkpoint, found an unreadable file ({reason})"
-        ) from None
-    names = [f"fc{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")]
-    if (
-        not isinstance(state, dict)
-        or set(state) != set(names)
-        or not all(map(torch.is_tensor, state.values()))
-    ):
-        found = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
-        raise InputError(f"{path}: expected a state_dict with {', '.join(names)}, found {found}")
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    if shapes["fc1.weight"][1:] != (input_dim,):
-        raise InputError(
-            f"{path}: expected a model of {input_dim}-dimensional embeddings, found fc1.weight of shape "
-            f"{shapes['fc1.weight']}; it was trained on another embedding model"
+            f"{path}: expected a model of {input_dim}-dimensional embeddings, found fc1.weight of "
+            f"shape {shape}; the model was trained on another embedding model"
         )
     model = mlp.MLP(input_dim, tuple(state[f"fc{i}.bias"].numel() for i in (1, 2)))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(
-            f"{path}: layers do not fit together ({' '.join(str(error).split())})"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: layers do not fit together ({reason})") from None
     return model.eval()
 
 
-def _load_arrays(path):
+def _read_state(path):
+    """{name: tensor} of the three layers of an MLP; InputError for any other content."""
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise
-    except Exception as error:  # damaged archives fail in zipfile, zlib or numpy in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise InputError(f"{path} not found; step 5 writes checkpoints: run it first") from None
+    except Exception as error:  # a damaged file can raise anything inside the unpickler
         raise InputError(
-            f"{path}: expected a saved reward model, found an unreadable file ({reason})"
+            f"{path}: expected a torch checkpoint, found an unreadable file ({_reason(error)})"
         ) from None
-    kinds = {kind.__name__: kind for kind in ARRAYS}
-    kind = kinds.get(str(found.pop("model", None)))
-    d = found["coef_"].shape[0] if found.get("coef_", np.zeros(())).ndim == 1 else 0
+    names = [f"fc{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")]
+    is_state = isinstance(state, dict) and set(state) == set(names)
+    if not is_state or not all(map(torch.is_tensor, state.values())):
+        shown = sorted(map(str, state))[:8] if isinstance(state, dict) else type(state).__name__
+        raise InputError(f"{path}: expected a state_dict with {', '.join(names)}, found {shown}")
+    return state
+
+
+def _reason(error):
+    """The first line of an error, cut to 100 characters; its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
+def _load_arrays(path):
+    """A linear model from its arrays, all of which must be there, finite and of fitting shapes."""
+    arrays = _read_arrays(path)
+    classes = {kind.__name__: kind for kind in ARRAYS}
+    kind = classes.get(str(arrays.pop("model", None)))
+    d = arrays["coef_"].shape[0] if arrays.get("coef_", np.zeros(())).ndim == 1 else 0
     shapes = {"coef_": (d,), "center_": (d,), "covariance_": (d, d), "intercept_": (), "alpha_": ()}
     expected = {name: shapes[name] for name in ARRAYS.get(kind, ())}
-    if kind is None or {name: array.shape for name, array in found.items()} != expected or not d:
-        shown = {name: array.shape for name, array in found.items()}
+    actual = {name: array.shape for name, array in arrays.items()}
+    if kind is None or actual != expected or not d:
         raise InputError(
-            f"{path}: expected the arrays of one of {', '.join(kinds)}, found {shown}; save it again"
+            f"{path}: expected the arrays of one of {', '.join(classes)}, found {actual}; "
+            "save the model again"
         )
-    if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in found.values()):
-        raise InputError(f"{path}: expected finite numbers, found others; fit and save it again")
-    model = kind(alpha=float(found["alpha_"]))
-    for name, array in found.items():
+    if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays.values()):
+        raise InputError(
+            f"{path}: expected finite numbers, found NaN, inf or no numbers; "
+            "fit and save the model again"
+        )
+    model = kind(alpha=float(arrays["alpha_"]))
+    for name, array in arrays.items():
         setattr(model, name, float(array) if array.ndim == 0 else array)
     model.n_features_in_ = d
     return model
 
 
+def _read_arrays(path):
+    """{name: array} of an .npz file; InputError for a damaged file or pickled objects."""
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything in zipfile, zlib or numpy
+        raise InputError(
+            f"{path}: expected a saved reward model, found an unreadable file ({_reason(error)})"
+        ) from None
+
+
 def _load_trees(path):
-    """The trees in a text; LightGBM's reader is not made for damaged ones and can hang, so the digest comes first."""
+    """CLF_LGBM from its text.
+
+    The digest is checked first: LightGBM's reader is not made for damaged text and can hang.
+    """
     lightgbm = import_lightgbm()
     text, _, digest = path.read_bytes().rpartition(TREES_END)
     if hashlib.sha256(text).hexdigest().encode() != digest:
         raise InputError(
-            f"{path}: expected a LightGBM model with its digest, found a damaged or other file; save it again"
+            f"{path}: expected a LightGBM model with its digest, found a damaged or other file; "
+            "save the model again"
         )
     booster = lightgbm.Booster(model_str=text.decode())
     model = CLF_LGBM(n_estimators=booster.num_trees())
@@ -174,9 +206,12 @@ def _load_trees(path):
 
 
 class Stored(Sequence):
-    """Models on disk, each loaded when it is asked for: one in memory where they are gone through in order."""
+    """Models on disk as a sequence that loads each model when it is asked for.
 
-    def __init__(self, paths, input_dim):
+    A loop over the sequence holds one model in memory at a time.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], input_dim: int):
         self.paths, self.input_dim = paths, input_dim
 
     def __len__(self):
@@ -186,24 +221,32 @@ class Stored(Sequence):
         return load(self.paths[i], self.input_dim)
 
 
-def find_checkpoints(patterns):
-    """Paths named by one or more paths or globs, in natural order; InputError for a pattern that names none."""
-    found = []
+# --------------------------------------------------------------------------------------------- find
+
+
+def find_checkpoints(patterns: Iterable[str | Path]) -> list[Path]:
+    """Paths of the files that the patterns name, those of one pattern in natural order.
+
+    patterns: paths or globs. A file that several patterns name comes once. InputError for a pattern
+    that names no file.
+    """
+    paths = []
     for pattern in patterns:
-        matches = (
-            [str(pattern)]
-            if Path(pattern).is_file()
-            else sorted(glob.glob(str(pattern)), key=_natural)
-        )
+        # A path that exists is no glob, even with brackets in it.
+        if Path(pattern).is_file():
+            matches = [str(pattern)]
+        else:
+            matches = sorted(glob.glob(str(pattern)), key=_natural_key)
         if not matches:
             raise InputError(
                 f"teacher checkpoint {pattern} not found; step 5 writes XPrompt_mlp_... files"
             )
-        found += matches
-    return [Path(path) for path in dict.fromkeys(found)]
+        paths += matches
+    return [Path(path) for path in dict.fromkeys(paths)]
 
 
-def _natural(text):
+def _natural_key(text):
+    """Sort key that compares runs of digits as numbers, so that member 10 comes after member 9."""
     parts = [""]
     for character in text:
         if character.isdecimal() == parts[-1].isdecimal():

@@ -339,7 +339,10 @@ def test_scikit_learns_estimator_checks(model):
         (lambda p, y: (p[..., :0], y), r"should be \(M, 2, D\).*got \(\d+, 2, 0\)"),
         (lambda p, y: (p[:0], y[:0]), r"at least one pair; got \(0, 2, 6\)"),
         (lambda p, y: (p, y[:-1]), r"labels should be \(\d+,\)"),
-        (lambda p, y: (p, y * 2 - 1), r"labels should be \(\d+,\) of 0 and 1.*got -1"),
+        (
+            lambda p, y: (p, y * 2 - 1),
+            r"labels should be \(\d+,\) of 0 and 1.*got -1 among the labels",
+        ),
         (
             lambda p, y: (p, np.where(y, np.nan, 0)),
             r"labels should be \(\d+,\) of 0 and 1.*got nan",
@@ -386,7 +389,10 @@ def test_refusals_of_predict(problem, model):
     model = clone(model)
     with pytest.raises(NotFittedError):
         model.predict(rows)
-    with pytest.raises(ValueError, match=r"groups should be \(\d+,\), one for each; got \(3,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"groups should be \(\d+,\), one for each pair or rated prompt; got \(3,\)",
+    ):
         model.fit(index, labels, embeddings=rows, groups=np.arange(3))
     model.fit(index, labels, embeddings=rows)
     for wrong, message in (
@@ -662,7 +668,7 @@ def test_lightgbm_is_named_where_it_is_missing(problem, monkeypatch):
     assert not has_lightgbm()
     with pytest.raises(
         ImportError,
-        match=r'expected the package lightgbm, found none; pip install -e "\.\[trees\]"',
+        match=r'CLF_LGBM needs the package lightgbm; pip install -e "\.\[trees\]"',
     ):
         CLF_LGBM().fit(index, labels, embeddings=rows)
 
@@ -761,7 +767,7 @@ def test_ridge_in_blocks_and_its_folds_of_prompts(monkeypatch):
             np.zeros((0, 3)),
             np.zeros(0),
             {},
-            r"embeddings should be .* none of them 0; got \(0, 3\)",
+            r"embeddings should be .* no axis of length 0; got \(0, 3\)",
         ),
         (
             np.zeros((4, 3)),
@@ -947,7 +953,7 @@ def test_damaged_trees_are_never_given_to_lightgbm(tmp_path, problem, monkeypatc
         b"tree\n",
     ):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="found a damaged or other file; save it again"):
+        with pytest.raises(InputError, match="found a damaged or other file; save the model again"):
             model_files.load(path, D)
 
 

@@ -1,9 +1,9 @@
-"""Doorway to the networks of rewardlib: the reward MLP, its losses, its training, and the two MLP estimators.
+"""Doorway to the networks of rewardlib: the reward MLP, its losses and its training.
 
-from networks import MLP, BT_MLP, CLF_MLP
+    from networks import MLP, BT_MLP, CLF_MLP
 
-Published code of this field keeps its MLP in networks.py; rewardlib.nets and rewardlib.models.mlp
-hold the code itself.
+Published code of this field keeps its MLP in networks.py. The code itself is in rewardlib.nets and,
+for the two estimators BT_MLP and CLF_MLP, in rewardlib.models.mlp.
 """
 
 from rewardlib.models.mlp import BT_MLP, CLF_MLP

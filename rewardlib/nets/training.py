@@ -1,9 +1,10 @@
-"""The one training loop, and reward models trained with it: Bradley-Terry and classification losses on pairs.
+"""The training loop of every network, and reward models trained on pairs with it.
 
 Bradley-Terry and classification reward models on embeddings: arXiv 2411.04991, sections 3 and 4.
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,17 +14,23 @@ from torch.optim.adamw import adamw
 
 from rewardlib.nets import mlp
 
-WARMUP = 0.1
+WARMUP = 0.1  # share of the steps in which the learning rate rises
 UPDATE_SIZE = 1 << 18  # weights updated at a time, so that they and their state stay in the cache
 
 
-def bt_loss(scores, labels):
-    """Bradley-Terry: mean of -log P(label), P(side 0 preferred) = sigmoid(s_0 - s_1). scores (M, 2), labels (M,)."""
+def bt_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry loss: mean of -log P(label), where P(side 0 preferred) = sigmoid(s_0 - s_1).
+
+    scores: (M, 2); labels: (M,) 1 where side 0 was preferred.
+    """
     return F.binary_cross_entropy_with_logits(scores[:, 0] - scores[:, 1], labels)
 
 
-def clf_loss(scores, labels):
-    """Classification: each response on its own, preferred = 1, other = 0, the logit is the score. scores (M, 2)."""
+def clf_loss(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Classification loss: mean cross-entropy of the single responses, preferred = 1, other = 0.
+
+    scores: (M, 2) logits; labels: (M,) 1 where side 0 was preferred.
+    """
     return F.binary_cross_entropy_with_logits(scores, torch.stack([labels, 1 - labels], 1))
 
 
@@ -32,7 +39,11 @@ LOSSES = {"bt": bt_loss, "clf": clf_loss}
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of the training loop. patience: epochs without a better validation value before it stops."""
+    """Settings of the training loop.
+
+    learning_rate: peak learning rate; batch_size: examples per step; patience: epochs without a
+    higher validation quality after which training stops.
+    """
 
     epochs: int
     learning_rate: float
@@ -41,23 +52,37 @@ class Training:
     weight_decay: float = 0.0
 
 
-def default_batch_size(n):
-    """A sixteenth of the n training pairs, between 16 and 1024: 32 steps in two passes for n of 256 to 16,384."""
+def default_batch_size(n: int) -> int:
+    """A sixteenth of the n training pairs, between 16 and 1024.
+
+    For n from 256 to 16,384, two passes are 32 steps.
+    """
     return int(np.clip(n // 16, 16, 1024))
 
 
-def train(model, n, loss, validate, settings, generator, working=None):
-    """Minimise loss(index tensor) over shuffled passes through range(n); keep the best validated state.
+def train(
+    model: torch.nn.Module,
+    n: int,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    validate: Callable[[], dict],
+    settings: Training,
+    generator: torch.Generator,
+    working: torch.nn.Module | None = None,
+) -> list[dict]:
+    """Train `model` in place on n examples and leave it in its best validated state.
 
-    working: the copy of `model` that loss and validate compute with, where it is of another type:
-    gradients are taken there, and each update of model's float32 weights is rounded into it (mixed
-    precision, arXiv 1710.03740).
+    loss: loss of a batch, from a tensor of indices in range(n); generator: draws the order of the
+    examples in every epoch. working: the copy of `model` with which loss and validate compute,
+    where that copy is of another type. Gradients are taken in the copy, and each update of the
+    float32 weights of `model` is rounded into the copy (mixed precision, arXiv 1710.03740).
 
-    AdamW, learning rate warmed up over the first tenth of the steps, then lowered to zero along a
-    cosine. `validate()` returns the measures of an epoch; "quality" among them decides: the state
-    with the highest one is restored at the end, and `patience` epochs without a higher one end the
-    training. Where it gives none, the last state stays. Returns the log, one dict per epoch: epoch,
-    learning_rate, train_loss, what else validate() gave, best.
+    AdamW, with a learning rate that rises over the first tenth of the steps, then falls to zero
+    along a cosine. validate() returns the metrics of an epoch. The epoch of the highest "quality"
+    is the best one: its state is restored at the end, and `patience` epochs without a higher
+    quality end the training. Without "quality", all epochs run and the last state stays.
+
+    Returns the log, one dict per epoch: epoch, learning_rate, train_loss, the other metrics of
+    validate(), best. FloatingPointError where the train or validation loss is not finite.
     """
     total = settings.epochs * math.ceil(n / settings.batch_size)
     warmup = max(1, round(WARMUP * total))
@@ -112,7 +137,7 @@ def train(model, n, loss, validate, settings, generator, working=None):
 
 
 def _copied(state, into):
-    """A copy of a state_dict, in the tensors of an earlier copy where there is one."""
+    """A copy of a state_dict, written into the tensors of an earlier copy where there is one."""
     if into is None:
         return {name: value.clone() for name, value in state.items()}
     for name, value in state.items():
@@ -121,10 +146,10 @@ def _copied(state, into):
 
 
 def _adamw(weights, working, weight_decay):
-    """update(gradients, learning rate) of fused AdamW with torch's defaults, and of the `working` copies of weights.
+    """Function update(gradients, learning rate): a step of AdamW on weights and `working` copies.
 
-    torch.optim.AdamW does the same, but its first instance loads the compiler: a second of CPU time
-    and 70 MB.
+    Fused AdamW with torch's defaults. torch.optim.AdamW does the same, but its first instance loads
+    the compiler: a second of CPU time and 70 MB.
     """
     constants = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": weight_decay}
     state = []
@@ -152,20 +177,28 @@ def _adamw(weights, working, weight_decay):
     return update
 
 
-def train_ensemble(rows, pairs, labels, members, objective, settings, hidden=mlp.HIDDEN):
+def train_ensemble(
+    rows: np.ndarray | torch.Tensor,
+    pairs: np.ndarray,
+    labels: np.ndarray,
+    members: Sequence[tuple[np.ndarray, np.ndarray, int]],
+    objective: str,
+    settings: Training,
+    hidden: Sequence[int] = mlp.HIDDEN,
+) -> Iterator[tuple[mlp.MLP, list[dict]]]:
     """Train reward models one after another on parts of the same annotated pairs.
 
-    rows: (R, D) embeddings, an array or tensor whose type is the one to compute in; pairs: (M, 2)
-    row numbers; labels: (M,) 1.0 where side 0 was preferred; members: a list of (train, validation,
-    seed) with index arrays into the pairs; objective: "bt" or "clf". Yields (MLP, log) for each
-    member: the state of the epoch that orders the validation pairs best (the loss overfits long
-    before the order does). They should share no prompt with the training pairs, and may be empty.
+    rows: (R, D) embeddings, in the type to compute in; pairs: (M, 2) row numbers; labels: (M,) 1.0
+    where side 0 was preferred; members: (train, validation, seed) of each member, with index arrays
+    into the pairs; objective: "bt" or "clf". Validation pairs should share no prompt with training
+    pairs, and there may be none.
+
+    Yields the MLP and the training log of each member. The MLP is that of the epoch that orders the
+    validation pairs best, because the loss overfits long before the order does.
     """
     rows = torch.as_tensor(rows)
-    pairs, labels = (
-        torch.from_numpy(np.asarray(pairs, np.int64)),
-        torch.from_numpy(np.asarray(labels, np.float32)),
-    )
+    pairs = torch.from_numpy(np.asarray(pairs, np.int64))
+    labels = torch.from_numpy(np.asarray(labels, np.float32))
     for fit, held, seed in members:
         generator = torch.Generator().manual_seed(seed)
         model = mlp.MLP(rows.shape[1], hidden, generator)
@@ -174,7 +207,10 @@ def train_ensemble(rows, pairs, labels, members, objective, settings, hidden=mlp
 
 
 def _train_member(model, rows, fit, held, objective, settings, generator):
-    """Train on annotated pairs `fit` and validate on `held`, each (pairs (m, 2), labels (m,)). Returns the log."""
+    """Training log of `model`, trained on annotated pairs `fit` and validated on `held`.
+
+    fit, held: (pairs (m, 2), labels (m,)).
+    """
     objective_loss = LOSSES[objective]
     (pairs, labels), (held_pairs, held_labels) = fit, held
     held_rows, held_index = torch.unique(held_pairs, return_inverse=True)
@@ -188,8 +224,9 @@ def _train_member(model, rows, fit, held, objective, settings, generator):
         if not len(held_labels):
             return {}
         scores = mlp.score_selected(working, rows, held_rows)[held_index]
-        right = torch.where(held_labels == 1, 1, -1) * torch.sign(scores[:, 0] - scores[:, 1])
-        accuracy = 0.5 + 0.5 * right.mean().item()
+        gap = scores[:, 0] - scores[:, 1]
+        agreement = torch.where(held_labels == 1, 1, -1) * torch.sign(gap)
+        accuracy = 0.5 + 0.5 * agreement.mean().item()
         return {
             "validation_loss": objective_loss(scores, held_labels).item(),
             "validation_accuracy": accuracy,

@@ -67,7 +67,8 @@ def test_recorded_pairs_go_through_steps_5_and_6(tmp_path, capsys):
 def test_step_6_refuses_other_pairs(tmp_path):
     run(5, recorded(tmp_path / "pairs.npz"), tmp_path / "out")
     with pytest.raises(
-        InputError, match="expected the pairs its reward models were trained on, found other ones"
+        InputError,
+        match="expected the pairs that its reward models were trained on, found other pairs",
     ):
         run(6, recorded(tmp_path / "pairs.npz", seed=1), tmp_path / "out")
 

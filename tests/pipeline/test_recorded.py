@@ -522,7 +522,8 @@ def test_a_run_of_other_pairs_or_settings_is_refused(tmp_path):
         tmp_path / "manifest.json", {"step5": entry | {"inputs": {"pairs.npz": "other"}}}
     )
     with pytest.raises(
-        InputError, match="expected the pairs its reward models were trained on, found other ones"
+        InputError,
+        match="expected the pairs that its reward models were trained on, found other pairs",
     ):
         recorded.open_run(tmp_path, run, data)
 

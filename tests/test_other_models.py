@@ -115,7 +115,7 @@ def test_other_reward_models_go_through_all_steps(data, tmp_path, model, objecti
     scores = [
         model_files.load(path, rows.shape[1]).predict(rows.astype(np.float32)) for path in members
     ]
-    assert not np.allclose(scores[0], scores[1])  # each on a bootstrap of its own
+    assert not np.allclose(scores[0], scores[1])  # each member has its own bootstrap
     assert record["settings"]["replacement"] is True and len(record["scale"]["centre"]) == 3
     report.main([str(tmp_path / "a")])
     about = {"bt": "Bradley-Terry", "clf": "classification", "regression": "regression"}[objective]

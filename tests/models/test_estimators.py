@@ -1,4 +1,4 @@
-"""BT_MLP and CLF_MLP: fitted on pair arrays or on row numbers, in scikit-learn's manner."""
+"""BT_MLP and CLF_MLP, fitted to pair arrays or to row numbers, as scikit-learn estimators."""
 
 import numpy as np
 import pytest

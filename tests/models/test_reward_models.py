@@ -1,4 +1,4 @@
-"""reward_models.py: every reward model behind one interface, ensembles of them, files that nothing unpickles."""
+"""Reward models: one interface for all of them, ensembles, and files that nothing unpickles."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def rng(seed=0):
 
 
 def make_problem(n=200, m=400, noise=0.0):
-    """Rows (n, D), index pairs (m, 2), labels of their linear reward with logistic noise, a prompt for each pair."""
+    """Rows (n, D), index pairs (m, 2), labels by a noisy linear reward, a prompt for each pair."""
     rows = rng().standard_normal((n, D)).astype(np.float32)
     index = rng(1).integers(n, size=(m, 2))
     index = index[index[:, 0] != index[:, 1]]
@@ -181,9 +181,9 @@ def test_memory_mapped_half_precision_is_read_where_it_lies(tmp_path, problem, m
 def test_prediction_in_blocks_is_prediction(problem, monkeypatch):
     rows, index, labels, _ = problem
     model = BT_Laplace(alpha=1.0).fit(index, labels, embeddings=rows)
-    whole = model.predict(rows.reshape(20, 10, D), return_std=True)
+    expected = model.predict(rows.reshape(20, 10, D), return_std=True)
     monkeypatch.setattr(base, "BLOCK_BYTES", 3 * 10 * D * 4)
-    for a, b in zip(model.predict(rows.reshape(20, 10, D), return_std=True), whole, strict=True):
+    for a, b in zip(model.predict(rows.reshape(20, 10, D), return_std=True), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
@@ -195,7 +195,7 @@ def test_only_named_rows_are_read():
 
 
 def test_pairs_are_never_built_from_row_numbers():
-    """The pairs are 128 times as large as the matrix; numpy's traced memory must stay far below them."""
+    """The pairs are 128 times as large as the matrix; traced memory must stay below the pairs."""
     code = """
 import tracemalloc, numpy as np
 from rewardlib import BT_Laplace, CLF_Linear
@@ -207,7 +207,8 @@ for model in (BT_Laplace(alpha=1.0), CLF_Linear(alpha=1.0)):
     model.fit(index[:10], labels[:10], embeddings=rows)
     tracemalloc.start()
     model.fit(index, labels, embeddings=rows)
-    assert tracemalloc.get_traced_memory()[1] < 0.75 * pairs_size, (tracemalloc.get_traced_memory(), pairs_size)
+    memory = tracemalloc.get_traced_memory()
+    assert memory[1] < 0.75 * pairs_size, (memory, pairs_size)
     tracemalloc.stop()
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -230,7 +231,7 @@ def test_scikit_learns_cross_validation_takes_pairs(problem):
 
 
 class Rows:
-    """Lets a reward model be checked on (n, D) rows with targets: pairs of rows are compared by their targets."""
+    """Lets a reward model be fitted to rows (n, D) with targets: it learns from pairs of rows."""
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -295,7 +296,7 @@ NOT_FOR_PAIRS = {
     "check_fit_score_takes_y": "score takes pairs and labels, not rows and y",
     "check_pipeline_consistency": "calls score on rows",
     "check_n_features_in_after_fitting": "calls score on rows",
-    "check_estimators_empty_data_messages": "without rows there are no pairs: refused in other words",
+    "check_estimators_empty_data_messages": "no rows make no pairs: refused in other words",
     "check_fit2d_1sample": "one row makes no pair: refused in other words",
     "check_requires_y_none": "the labels of pairs are refused in other words",
 }
@@ -451,7 +452,7 @@ def test_clf_linear_is_logistic_regression_on_responses(problem):
 
 @pytest.mark.parametrize("kind", [BT_Linear, CLF_Linear])
 def test_the_penalty_is_the_strongest_within_an_error_of_the_best(kind):
-    """Little noise asks for a weak penalty, labels by coin for the strongest; whole groups are held out."""
+    """Little noise asks for a weak penalty, random labels ask for the strongest."""
     for noise, check in ((0.05, lambda s: s <= 0.1), (1e6, lambda s: s == 1.0)):
         rows, index, labels, groups = make_problem(m=600, noise=noise)
         model = kind().fit(index, labels, embeddings=rows, groups=groups)
@@ -480,7 +481,10 @@ def test_held_out_groups_are_whole(problem, monkeypatch):
 
 
 def test_laplace_in_one_dimension_has_the_closed_form():
-    """Eight pairs of x = 2 against x = 0, six times for 2: the MAP solves 2 (8 p - 6) + w / 2 = 0, p = sigmoid(2 w)."""
+    """Eight pairs of x = 2 against x = 0, of which six prefer x = 2.
+
+    The MAP estimate solves 2 (8 p - 6) + w / 2 = 0, where p = sigmoid(2 w).
+    """
     rows, index = np.array([[0.0], [2.0]]), np.array([[1, 0]] * 8)
     model = BT_Laplace(alpha=0.5).fit(index, [1, 1, 1, 1, 1, 1, 0, 0], embeddings=rows)
     p = expit(2 * model.coef_[0])
@@ -488,9 +492,8 @@ def test_laplace_in_one_dimension_has_the_closed_form():
     variance = 1 / (8 * p * (1 - p) * 2**2 + 0.5)
     assert model.covariance_[0, 0] == pytest.approx(variance, rel=1e-6)
     mean, std = model.predict(np.array([[3.0], [1.0]]), return_std=True)
-    np.testing.assert_allclose(
-        mean[:, 0], [2 * model.coef_[0], 0], rtol=1e-6, atol=1e-9
-    )  # the mean response is 1
+    # The mean response is 1.
+    np.testing.assert_allclose(mean[:, 0], [2 * model.coef_[0], 0], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(std[:, 0], [2 * np.sqrt(variance), 0], rtol=1e-6, atol=1e-9)
     mean, std = model.predict_difference(np.array([[[3.0], [-1.0]]]))
     assert mean == pytest.approx(4 * model.coef_[0]) and std == pytest.approx(4 * np.sqrt(variance))
@@ -527,7 +530,7 @@ def test_an_offset_of_all_embeddings_leaves_the_deviations():
 
 
 def test_laplace_covers_the_truth_it_was_drawn_from():
-    """Weights drawn from the prior, labels from the model: 95 % intervals of differences hold the truth about 95 %."""
+    """Weights from the prior, labels from the model: 95 % intervals hold about 95 % of the gaps."""
     inside = []
     for seed in range(30):
         draw = rng(100 + seed)
@@ -576,9 +579,9 @@ def test_the_prior_of_laplace_is_the_best_by_the_plain_loss():
 def test_last_layer_laplace_scores_as_its_network(problem):
     rows, index, labels, _ = problem
     network = BT_MLP(**SMALL).fit(index, labels, embeddings=rows)
-    given = BT_MLP(**SMALL)
-    fitted = BT_Laplace(features=given).fit(index, labels, embeddings=rows)
-    assert not hasattr(given, "model_")
+    network_to_fit = BT_MLP(**SMALL)
+    fitted = BT_Laplace(features=network_to_fit).fit(index, labels, embeddings=rows)
+    assert not hasattr(network_to_fit, "model_")
     frozen = BT_Laplace(features=FrozenEstimator(network)).fit(
         index[:50], labels[:50], embeddings=rows
     )
@@ -674,7 +677,7 @@ def test_lightgbm_is_named_where_it_is_missing(problem, monkeypatch):
 
 
 def test_the_order_error_of_a_classifier_is_within_its_bound(tmp_path):
-    """The union bound of arXiv 2411.04991 on held-out prompts of the demo data, at any threshold."""
+    """The union bound of arXiv 2411.04991 holds at any threshold, on held-out demo prompts."""
     sizes = [
         "--n_prompts",
         "80",
@@ -790,7 +793,7 @@ def test_refusals_of_ratings(rows, golden, options, message):
 
 def test_aggregations_of_an_ensemble(problem):
     rows, index, labels, groups = problem
-    made = {
+    aggregated = {
         name: Ensemble(BT_Linear(alpha=1.0), n=4, bootstrap=True, aggregation=name, lcb_c=2.0)
         .fit(index, labels, embeddings=rows, groups=groups)
         .predict(rows)
@@ -803,11 +806,11 @@ def test_aggregations_of_an_ensemble(problem):
     assert scores.shape == (4, 200, 1) and members.predict_members(
         rows.reshape(20, 10, D)
     ).shape == (4, 20, 10, 1)
-    np.testing.assert_allclose(made["mean"], scores.mean(0))
-    np.testing.assert_allclose(made["min"], scores.min(0))
-    np.testing.assert_allclose(made["uwo"], scores.mean(0) - 0.5 * scores.var(0))
-    np.testing.assert_allclose(made["lcb"], scores.mean(0) - 2 * scores.std(0))
-    np.testing.assert_allclose(made["first"], scores[0])
+    np.testing.assert_allclose(aggregated["mean"], scores.mean(0))
+    np.testing.assert_allclose(aggregated["min"], scores.min(0))
+    np.testing.assert_allclose(aggregated["uwo"], scores.mean(0) - 0.5 * scores.var(0))
+    np.testing.assert_allclose(aggregated["lcb"], scores.mean(0) - 2 * scores.std(0))
+    np.testing.assert_allclose(aggregated["first"], scores[0])
 
 
 def test_members_are_brought_to_one_scale_of_the_training_responses(problem):
@@ -975,8 +978,13 @@ def test_models_without_a_portable_form_say_so(tmp_path, problem):
 
 
 def write(path, **arrays):
-    whole = {"model": "BT_Linear", "coef_": np.zeros(3), "intercept_": 0.0, "alpha_": 1.0} | arrays
-    np.savez(path, **{name: value for name, value in whole.items() if value is not None})
+    content = {
+        "model": "BT_Linear",
+        "coef_": np.zeros(3),
+        "intercept_": 0.0,
+        "alpha_": 1.0,
+    } | arrays
+    np.savez(path, **{name: value for name, value in content.items() if value is not None})
     return path
 
 
@@ -1003,7 +1011,7 @@ def test_arrays_that_make_no_model(tmp_path, arrays, message):
 
 
 def test_nothing_is_unpickled(tmp_path):
-    """An object array in the archive would run code of the file's choice."""
+    """Loading an object array could run any code that the file holds."""
 
     class Trap:
         def __reduce__(self):

@@ -1,4 +1,4 @@
-"""ensembles.py and orm.py: checkpoints in and out, one scale, aggregation, out-of-bag means, the record of step 5."""
+"""Checkpoints, scores on one scale, aggregation, out-of-bag means, and the record of step 5."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def rng(seed=0):
 
 
 def responses(n=N, k=K, d=D, seed=0, digests=None):
-    """Random embeddings in memory; the rewards are NaN because nothing here may look at them."""
+    """Random embeddings in memory; the rewards are NaN because no score may depend on them."""
     arrays = list(rng(seed).standard_normal((k, n, d)).astype(np.float32))
     return embeddings.Responses(arrays, np.full((n, k), np.nan), None, np.arange(n), digests or {})
 
@@ -80,8 +80,7 @@ def test_a_plain_state_dict_of_the_published_shape_scores_as_its_layers_do(tmp_p
 
 
 def test_what_is_saved_is_a_plain_state_dict_and_comes_back(tmp_path):
-    made = model(3)
-    model_files.save_mlp(tmp_path / "a.ckpt", made)
+    model_files.save_mlp(tmp_path / "a.ckpt", model(3))
     plain = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert {name: tuple(value.shape) for name, value in plain.items()} == SHAPES
     loaded = model_files.load_mlp(str(tmp_path / "a.ckpt"), D)
@@ -268,13 +267,13 @@ def test_the_scale_is_that_of_the_given_prompts_whatever_is_scored(tmp_path):
 def test_blocks_do_not_change_scores(tmp_path, monkeypatch):
     data = responses(n=50)
     ensemble = scoring.load(save_models(tmp_path), data, np.arange(50))
-    whole = scoring.score(ensemble, data, np.arange(49, -1, -1))
+    expected = scoring.score(ensemble, data, np.arange(49, -1, -1))
     monkeypatch.setattr(embeddings, "READ_BYTES", 7 * 4 * D)
     np.testing.assert_allclose(
-        scoring.score(ensemble, data, np.arange(49, -1, -1)), whole, atol=1e-5
+        scoring.score(ensemble, data, np.arange(49, -1, -1)), expected, atol=1e-5
     )
     np.testing.assert_allclose(
-        scoring.score(ensemble, data, np.arange(50)), whole[:, ::-1], atol=1e-5
+        scoring.score(ensemble, data, np.arange(50)), expected[:, ::-1], atol=1e-5
     )
 
 
@@ -315,7 +314,7 @@ def test_a_member_that_scores_nan_is_named(tmp_path):
 
 
 def test_the_scale_does_not_depend_on_the_order_of_the_prompts(monkeypatch):
-    """Step 5 measures it, and step 7 again for checkpoints that are named one by one."""
+    """Step 5 measures the scale, and step 7 does so again for checkpoints named one by one."""
     monkeypatch.setattr(scoring, "SCALE_ROWS", 40)
     data, models = responses(n=50), [model(i) for i in range(3)]
     prompts = rng().permutation(50)[:30]
@@ -350,7 +349,7 @@ def test_members_are_held_in_the_type_that_they_compute_in(tmp_path, dtype):
     scale = {"centre": loaded.centre, "spread": loaded.spread}
     record = {"members": [{"file": path.name} for path in paths], "scale": scale}
     for ensemble in (loaded, scoring.load_members(tmp_path, record, D, dtype)):
-        assert {made.fc1.weight.dtype for made in ensemble.models} == {dtype}
+        assert {member.fc1.weight.dtype for member in ensemble.models} == {dtype}
         stored = scoring.ScaledEnsemble(
             model_files.Stored(paths, D), loaded.centre, loaded.spread, dtype
         )
@@ -361,16 +360,16 @@ def test_members_are_held_in_the_type_that_they_compute_in(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", mlp.TYPES.values(), ids=mlp.TYPES)
 def test_networks_and_linear_scorers_score_any_responses_in_one_pass(monkeypatch, dtype):
-    """`dtype` is that of the networks; the linear scorer sees the embeddings as they are."""
+    """Networks compute in `dtype`; the linear scorer sees the embeddings as they are stored."""
     monkeypatch.setattr(embeddings, "READ_BYTES", 3 * 4 * D)
     data, read = responses(n=20), []
     prompts, numbers = rng().integers(20, size=30), rng(1).integers(K, size=30)
-    whole = embeddings.Responses.read
+    read_blocks = embeddings.Responses.read
 
     def remember(*args):
-        for at, rows in whole(*args):
-            read.extend(at)
-            yield at, rows
+        for positions, rows in read_blocks(*args):
+            read.extend(positions)
+            yield positions, rows
 
     monkeypatch.setattr(embeddings.Responses, "read", remember)
     weights = np.array([2.0, -1])
@@ -379,9 +378,10 @@ def test_networks_and_linear_scorers_score_any_responses_in_one_pass(monkeypatch
     rows = np.stack(data.embeddings)[numbers, prompts]
     assert found.shape == (3, 30) and found.dtype == np.float32
     np.testing.assert_allclose(found[1], rows @ weights, rtol=1e-5, atol=1e-5)
-    for i, made in ((0, model(0)), (2, model(1))):
-        np.testing.assert_allclose(found[i], mlp.predict(made, rows, dtype), rtol=1e-2, atol=1e-2)
-        assert np.abs(found[i] - mlp.predict(made, rows)).max() < (
+    for i, network in ((0, model(0)), (2, model(1))):
+        expected = mlp.predict(network, rows, dtype)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-2, atol=1e-2)
+        assert np.abs(found[i] - mlp.predict(network, rows)).max() < (
             1e-5 if dtype == torch.float32 else 0.02
         )
 
@@ -456,7 +456,10 @@ def test_only_members_that_never_saw_the_prompt_count():
 
 @pytest.mark.parametrize("rho", [0.05, 0.5, 0.9])
 def test_the_variance_does_not_tell_how_many_members_were_left(rho):
-    """Prompts seen by none, by four of six and by five of six: the mean over all has variance rho + (1 - rho) / 6."""
+    """Prompts seen by no member, by four and by five of six members.
+
+    The mean over all six has variance rho + (1 - rho) / 6.
+    """
     scores = correlated(rho, n=6000)
     seen = np.zeros((6, 6000), bool)
     seen[:4, 2000:] = True
@@ -491,12 +494,13 @@ def test_a_member_that_says_nothing_takes_no_prompt_out():
     assert np.isfinite(scoring.unseen_mean(scores, seen)).all()
 
 
-# ----------------------------------------------------------------------------------- orm: the names
+# ----------------------------------------------------------------------------------- names of files
 
 SETTINGS = {
     "rm_model": "mlp",
-    "task": "helpful", "pairing": "xprompt", "rm_objective": "bt", "seed": 6, "consider_first_n": 2, "n_sample": 8,
-    "n_pairs": 10, "replacement": False, "training_epochs": 2, "learning_rate": 0.001, "annotation_quality": 10.0,
+    "task": "helpful", "pairing": "xprompt", "rm_objective": "bt", "seed": 6, "consider_first_n": 2,
+    "n_sample": 8, "n_pairs": 10, "replacement": False, "training_epochs": 2,
+    "learning_rate": 0.001, "annotation_quality": 10.0,
 }  # fmt: skip
 
 
@@ -518,7 +522,10 @@ def test_checkpoint_names_follow_the_documented_pattern():
         == "SamePrompt_mlp_clf_12_seed6_firstn_-1_n_100_pair_10_replacement_true_epoch2_lr0.001"
     )
     assert "_bt_seed6_" in run_record.stem(SETTINGS, 8)
-    pattern = r"(X|Same)Prompt_mlp_(bt|clf)_\d+_seed\d+_firstn_-?\d_n_\d+_pair_\d+_replacement_(true|false)_epoch\d+_lr\S+"
+    pattern = (
+        r"(X|Same)Prompt_mlp_(bt|clf)_\d+_seed\d+_firstn_-?\d_n_\d+_pair_\d+"
+        r"_replacement_(true|false)_epoch\d+_lr\S+"
+    )
     assert re.fullmatch(pattern, name)
 
 
@@ -530,7 +537,7 @@ def test_a_number_has_one_spelling_in_names():
     assert len(names) == 1
 
 
-# ------------------------------------------------------------------------------- orm: which prompts
+# ------------------------------------------------------------------------------------ which prompts
 
 
 def split_of(n=20):
@@ -588,12 +595,12 @@ def test_held_out_prompts_among_the_fitted_ones_are_a_leak():
         run_record.check_split(record_of(fitted, np.zeros(len(fitted), int), [0]), split)
 
 
-# ------------------------------------------------------------------------ orm: the record of step 5
+# ----------------------------------------------------------------------------- the record of step 5
 
 
 @pytest.fixture
 def run(tmp_path):
-    """(OUTPUT_DIR as step 5 leaves it, its data of 20 prompts)."""
+    """OUTPUT_DIR as step 5 leaves it, and its data of 20 prompts."""
     data, split = (
         responses(n=20, digests={"EMBD-TRAIN-split_0.npy": "12ab", "rewards_split_0.json": "34cd"}),
         split_of(20),
@@ -646,7 +653,10 @@ def test_reward_models_of_other_settings_are_refused(run, changed, message):
 
 
 def test_reward_models_of_other_data_are_refused(run):
-    """As many prompts, other files: prompt 3 here is not prompt 3 there, so nothing is known of who saw what."""
+    """As many prompts, but other files: prompt 3 of one data set is not prompt 3 of the other.
+
+    So nothing is known of which member was trained on which prompt.
+    """
     out, data = run
     other = responses(n=20, seed=1, digests={**data.digests, "rewards_split_0.json": "56ef"})
     with pytest.raises(InputError, match="data.*step 5"):

@@ -1,4 +1,4 @@
-"""linear.py: logistic and ridge solvers against scikit-learn and by hand, on any scale of the rows."""
+"""Logistic and ridge solvers against scikit-learn and by hand, on any scale of the rows."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""networks.py: the losses by hand, one training loop, seeds to the last bit, ensembles and students that learn."""
+"""Losses by hand, the training loop, seeds to the last bit, ensembles and students that learn."""
 
 import copy
 import itertools
@@ -60,7 +60,7 @@ def test_the_mlp_has_the_published_layers_and_names():
 
 
 def test_the_mlp_by_hand():
-    """relu(x - 1), relu(1 - x) -> sum and difference -> 3 sum + difference of relus - 1."""
+    """a, b = relu(x - 1), relu(1 - x); the score is 3 relu(a + b) + relu(a - b) - 1."""
     model = mlp.MLP(1, (2, 2))
     values = [[[1.0], [-1]], [-1.0, 1], [[1.0, 1], [1, -1]], [0.0, 0], [[3.0, 1]], [-1.0]]
     model.load_state_dict(dict(zip(model.state_dict(), map(torch.tensor, values), strict=True)))
@@ -128,7 +128,7 @@ def test_losses_are_finite_and_teach_where_the_model_is_confidently_wrong(loss, 
 
 
 class Probe:
-    """A one-weight model that remembers the batches it is trained on and its weight at each validation."""
+    """A one-weight model that remembers its training batches and its weight at each validation."""
 
     def __init__(self, quality=(), losses=None):
         self.model = nn.Linear(1, 1, bias=False)
@@ -171,7 +171,7 @@ def test_the_order_comes_from_the_generator():
 
 
 def test_the_best_state_is_restored_not_the_last():
-    """The one of the highest quality, although its validation loss is not the lowest."""
+    """The best state has the highest quality, although its validation loss is not the lowest."""
     probe = Probe(quality=[1.0, 3.0, 2.0, 2.5])
     log = probe.train()
     assert [entry["best"] for entry in log] == [True, True, False, False]
@@ -209,7 +209,7 @@ def test_without_validation_all_epochs_run_and_the_last_state_stays():
 
 
 def test_the_rate_warms_up_over_a_tenth_and_falls_along_a_cosine():
-    """20 steps, 2 of warming up: the last steps of the epochs are the 5th, 10th, 15th and 20th."""
+    """20 steps, of which 2 warm up; the epochs end with the 5th, 10th, 15th and 20th step."""
     rates = [entry["learning_rate"] for entry in Probe().train(epochs=4, batch_size=2)]
     expected = [0.05 * (1 + math.cos(math.pi * (step - 2) / 18)) for step in (4, 9, 14, 19)]
     assert rates == pytest.approx(expected)
@@ -219,7 +219,7 @@ def test_the_rate_warms_up_over_a_tenth_and_falls_along_a_cosine():
 
 
 def test_the_first_step_of_a_long_training_is_small():
-    """Adam's first step is as long as the rate: here 0.1 / 10."""
+    """Adam's first step is as long as the learning rate, here 0.1 / 10."""
     probe = Probe()
     before = probe.model.weight.item()
     moved = []
@@ -311,7 +311,7 @@ def test_the_log_validates_on_the_held_pairs_with_ties_as_one_half():
 
 
 def test_a_member_is_the_epoch_that_orders_the_validation_pairs_best():
-    """Labels that are half noise: the training goes on getting better at its own pairs alone."""
+    """With noisy labels, later epochs get better on the training pairs alone."""
     rows, pairs, labels, _ = preferences(n=400, d=16)
     noisy = np.where(rng(3).random(200) < 0.4, 1 - labels, labels)
     settings = Training(12, 3e-3, 16, patience=12)
@@ -331,7 +331,7 @@ def test_a_member_is_the_epoch_that_orders_the_validation_pairs_best():
 
 @pytest.mark.parametrize("dtype", mlp.TYPES.values(), ids=mlp.TYPES)
 def test_a_member_depends_on_its_seed_and_data_alone(dtype):
-    """Bit for bit: alone or after others, so that a resumed ensemble is the same ensemble."""
+    """Bit for bit, alone or after other members: a resumed ensemble is the same ensemble."""
     rows, pairs, labels, _ = preferences(n=60)
     rows = torch.from_numpy(rows).to(dtype)
     settings = Training(2, 1e-3, 16)
@@ -402,12 +402,12 @@ SMALL = {
 @pytest.mark.parametrize("kind", [BT_MLP, CLF_MLP])
 def test_estimators_learn_from_pairs_of_embeddings(kind):
     rows, pairs, labels, _ = preferences()
-    made = kind(**SMALL).fit(rows[pairs], labels)
+    fitted = kind(**SMALL).fit(rows[pairs], labels)
     fresh, _, _, reward = preferences(n=2000, seed=9)
-    scores = made.predict(fresh)
+    scores = fitted.predict(fresh)
     assert scores.shape == (2000, 1)
     assert np.mean((scores[::2, 0] > scores[1::2, 0]) == (reward[::2] > reward[1::2])) > 0.9
-    assert made.model_.fc1.weight.shape == (16, D) and len(made.log_) == 4
+    assert fitted.model_.fc1.weight.shape == (16, D) and len(fitted.log_) == 4
 
 
 def test_pairs_of_row_numbers_are_the_same_pairs():
@@ -420,26 +420,26 @@ def test_pairs_of_row_numbers_are_the_same_pairs():
 def test_the_two_objectives_are_those_of_the_ensembles():
     rows, pairs, labels, _ = preferences(n=200)
     for kind, objective in ((BT_MLP, "bt"), (CLF_MLP, "clf")):
-        made = kind(**SMALL, validation_share=0.0).fit(rows[pairs], labels)
+        fitted = kind(**SMALL, validation_share=0.0).fit(rows[pairs], labels)
         rng_of_fit = np.random.default_rng(0)
         rng_of_fit.permutation(100)
         member = (np.arange(100), np.arange(0), int(rng_of_fit.integers(2**62)))
         settings = Training(4, 3e-3, 16)
         [(model, _)] = train_ensemble(rows, pairs, labels, [member], objective, settings, (16, 8))
-        assert same(made.model_, model) and "validation_loss" not in made.log_[0]
+        assert same(fitted.model_, model) and "validation_loss" not in fitted.log_[0]
 
 
 def test_estimators_follow_scikit_learns_conventions():
     rows, pairs, labels, _ = preferences(n=100)
-    made = CLF_MLP(**SMALL, random_state=3)
+    fitted = CLF_MLP(**SMALL, random_state=3)
     with pytest.raises(NotFittedError, match="not fitted"):
-        made.predict(rows)
-    assert made.fit(rows[pairs], labels) is made
-    again = clone(made)
-    assert again.get_params() == made.get_params() and not hasattr(again, "model_")
-    assert same(again.fit(rows[pairs], labels).model_, made.model_)
-    other = clone(made).set_params(random_state=4).fit(rows[pairs], labels)
-    assert not same(other.model_, made.model_)
+        fitted.predict(rows)
+    assert fitted.fit(rows[pairs], labels) is fitted
+    again = clone(fitted)
+    assert again.get_params() == fitted.get_params() and not hasattr(again, "model_")
+    assert same(again.fit(rows[pairs], labels).model_, fitted.model_)
+    other = clone(fitted).set_params(random_state=4).fit(rows[pairs], labels)
+    assert not same(other.model_, fitted.model_)
 
 
 def test_whole_groups_choose_the_epoch(monkeypatch):
@@ -452,22 +452,22 @@ def test_whole_groups_choose_the_epoch(monkeypatch):
         return train_ensemble(rows, pairs, labels, members, *more)
 
     monkeypatch.setattr(mlp_models, "train_ensemble", remember)
-    made = BT_MLP(**SMALL, validation_share=0.3).fit(rows[pairs], labels, groups=groups)
+    fitted = BT_MLP(**SMALL, validation_share=0.3).fit(rows[pairs], labels, groups=groups)
     fit, held, _ = jobs[0]
     assert sorted([*fit, *held]) == list(range(100))
     assert len(set(groups[held])) == 3 and not set(groups[held]) & set(groups[fit])
-    assert "validation_loss" in made.log_[0]
+    assert "validation_loss" in fitted.log_[0]
     BT_MLP(**SMALL).fit(rows[pairs], labels)
     assert len(jobs[1][1]) == 10
 
 
 def test_scores_keep_the_leading_axes():
     rows, pairs, labels, _ = preferences(n=60)
-    made = BT_MLP(**SMALL).fit(rows[pairs], labels)
-    scores = made.predict(rows.reshape(6, 10, D))
+    fitted = BT_MLP(**SMALL).fit(rows[pairs], labels)
+    scores = fitted.predict(rows.reshape(6, 10, D))
     assert scores.shape == (6, 10, 1)
-    np.testing.assert_array_equal(scores.ravel(), mlp.predict(made.model_, rows))
-    assert made.predict(rows[:1]).shape == (1, 1)
+    np.testing.assert_array_equal(scores.ravel(), mlp.predict(fitted.model_, rows))
+    assert fitted.predict(rows[:1]).shape == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -508,14 +508,14 @@ K = 5
 
 
 def student_case(start, n=60):
-    """(rows (n, K, D), targets 3 * start - 2 + 100, standardised start scores)."""
+    """Rows (n, K, D), targets 98 + 3 * scores of start, and those scores standardised."""
     rows = rng().standard_normal((n, K, D)).astype(np.float32)
     scores = mlp.predict(start, rows.reshape(-1, D)).reshape(n, K).astype(float)
     return rows, 98 + 3 * scores, (scores - scores.mean()) / (scores.std() or 1)
 
 
 def students(start, loss="mse", seed=0, targets=None, settings=None):
-    """(rows, targets, student, log) of a student trained on 50 prompts and validated on 10."""
+    """Rows, targets, student and log of a student trained on 50 prompts and validated on 10."""
     rows, affine, liking = student_case(start)
     targets = affine if targets is None else targets
     settings = settings or Training(3, 1e-4, 8)
@@ -569,7 +569,7 @@ def test_the_unit_of_the_targets_changes_the_scores_by_that_unit_alone(start, un
 
 
 def test_the_hybrid_loss_keeps_an_order_that_the_targets_lost(start):
-    """Targets that are flat on the upper half of the teacher's scores, as a calibrated teacher may be."""
+    """Calibration can make targets constant on the upper half of the teacher's scores."""
     liking = student_case(start)[2]
     flat = np.minimum(liking, 0)
     settings = Training(30, 3e-3, 8)
@@ -590,7 +590,7 @@ def test_one_seed_one_student(start, loss):
 
 @pytest.mark.parametrize("loss", ["mse", "hybrid"])
 def test_targets_of_one_value_make_a_student_of_that_value(start, loss):
-    """A plain isotonic map of a teacher without skill is one step."""
+    """The plain isotonic map of a teacher without skill is a constant."""
     rows, _, student, log = students(start, loss, targets=np.full((60, K), 2.5))
     np.testing.assert_allclose(predict(student, rows), 2.5, atol=1e-5)
     assert all(
@@ -655,7 +655,7 @@ def test_hidden_layers_compute_in_their_type_and_scores_are_float32(dtype):
 
 @pytest.mark.parametrize("dtype", mlp.TYPES.values(), ids=mlp.TYPES)
 def test_an_update_is_that_of_torch_and_is_rounded_into_the_copies(monkeypatch, dtype):
-    """Parts of 5 numbers: of a matrix of 12, a vector of 3 and a scalar."""
+    """Parts of up to 5 numbers: of a matrix of 12 numbers, a vector of 3 and a scalar."""
     monkeypatch.setattr(training, "UPDATE_SIZE", 5)
     weights = [torch.randn(size, generator=generator()) for size in [(3, 4), (3,), ()]]
     theirs = [weight.clone().requires_grad_() for weight in weights]
@@ -696,8 +696,8 @@ def test_bf16_scores_are_those_of_fp32_to_its_8_bits():
     exact, rounded = mlp.predict(model, rows), mlp.predict(model, rows, torch.bfloat16)
     assert rounded.dtype == np.float32 and (exact != rounded).any()
     np.testing.assert_allclose(rounded, exact, atol=0.02 * exact.std())
-    given = torch.from_numpy(rows).bfloat16()
-    np.testing.assert_array_equal(mlp.predict(model, given, torch.bfloat16), rounded)
+    stored = torch.from_numpy(rows).bfloat16()
+    np.testing.assert_array_equal(mlp.predict(model, stored, torch.bfloat16), rounded)
 
 
 @pytest.mark.parametrize("objective", ["bt", "clf"])
@@ -718,12 +718,14 @@ def test_bf16_training_ranks_as_fp32_training_does(objective):
 def test_a_bf16_student_is_reproducible_and_close_to_the_fp32_one(start, loss):
     rows, targets, liking = student_case(start)
     parts, settings = (np.arange(50), np.arange(50, 60)), Training(3, 1e-4, 8)
-    made = []
+    trained = []
     for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):
         data = torch.from_numpy(rows).to(dtype)
-        made.append(train_student(start, data, targets, liking, parts, loss, 1.0, settings, 0)[0])
-    assert same(made[0], made[1]) and not same(made[0], made[2])
-    gap = predict(made[0], rows) - predict(made[2], rows)
+        trained.append(
+            train_student(start, data, targets, liking, parts, loss, 1.0, settings, 0)[0]
+        )
+    assert same(trained[0], trained[1]) and not same(trained[0], trained[2])
+    gap = predict(trained[0], rows) - predict(trained[2], rows)
     assert np.abs(gap).max() < 0.05 * targets.std()
 
 
@@ -734,7 +736,7 @@ def test_a_bf16_student_is_reproducible_and_close_to_the_fp32_one(start, loss):
 @pytest.mark.parametrize("stored", [np.float16, np.float32, np.float64])
 def test_parts_are_put_in_their_places(stored, dtype):
     values = np.arange(12).reshape(6, 2).astype(stored)
-    parts = [(np.array(at), values[at]) for at in ([4, 0], [5], [1, 3, 2])]
+    parts = [(np.array(places), values[places]) for places in ([4, 0], [5], [1, 3, 2])]
     rows = mlp.gather(iter(parts), 6, 2, dtype)
     assert rows.dtype == dtype and rows.is_contiguous()
     assert rows.tolist() == values.tolist()
@@ -746,16 +748,16 @@ def test_parts_are_put_in_their_places(stored, dtype):
 def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
     model = mlp.MLP(D, (16, 8), generator())
     rows = rng().standard_normal((1000, D)).astype(np.float32)
-    whole = mlp.predict(model, rows)
-    assert whole.shape == (1000,) and whole.dtype == np.float32
+    expected = mlp.predict(model, rows)
+    assert expected.shape == (1000,) and expected.dtype == np.float32
     np.testing.assert_allclose(
         np.concatenate([mlp.predict(model, rows[i : i + 1]) for i in range(1000)]),
-        whole,
+        expected,
         rtol=1e-4,
         atol=1e-6,
     )
     monkeypatch.setattr(mlp, "SCORE_ROWS", 7)
-    np.testing.assert_allclose(mlp.predict(model, rows), whole, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(mlp.predict(model, rows), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_any_array_of_rows_is_scored():

@@ -1,4 +1,4 @@
-"""baselines.py: the linear probe against scikit-learn, and what a constant, chance and length are worth."""
+"""Baselines: the linear probe against scikit-learn; metrics of a constant, chance and length."""
 
 import json
 
@@ -19,7 +19,7 @@ def rng(seed=0):
 
 
 def pairs_of(noise, n=400, m=600, seed=0):
-    """Rows (n, D), pairs, labels by a linear reward with logistic noise, five folds, the true weights."""
+    """Rows (n, D), pairs, labels by a noisy linear reward, five folds, and the true weights."""
     rows = rng(seed).standard_normal((n, D)).astype(np.float32)
     weights = np.array([1.0, -2, 0.5, 0, 0])
     pairs = rng(seed + 1).integers(n, size=(m, 2))
@@ -28,12 +28,15 @@ def pairs_of(noise, n=400, m=600, seed=0):
 
 
 def reference(rows, pairs, labels, strength):
-    """scikit-learn penalises the sum of losses by w'w / 2C; the probe their mean by strength * variance * w'w / 2."""
+    """Weights by scikit-learn, which adds w'w / 2C to the sum of the losses.
+
+    The probe adds strength * variance * w'w / 2 to their mean.
+    """
     penalty = strength * rows.var(axis=0).sum()
-    made = LogisticRegression(
+    model = LogisticRegression(
         C=1 / (penalty * len(pairs)), fit_intercept=False, tol=1e-10, max_iter=10_000
     )
-    return made.fit((rows[pairs[:, 0]] - rows[pairs[:, 1]]).astype(float), labels).coef_[0]
+    return model.fit((rows[pairs[:, 0]] - rows[pairs[:, 1]]).astype(float), labels).coef_[0]
 
 
 def test_one_fold_gives_scikit_learns_ridge_at_strength_1():

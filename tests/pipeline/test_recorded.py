@@ -1,4 +1,4 @@
-"""pair_files.py, human_pairs.py and the pair metrics: formats, refusals, no leakage by duplicates, calibration."""
+"""Recorded preference pairs: formats, refusals, leakage by duplicates, metrics, calibration."""
 
 import json
 import math
@@ -38,12 +38,12 @@ def rng(seed=0):
 
 
 def values(n=5, d=3):
-    """(n, 2, d) embeddings that tell their place, exact in float16."""
+    """Embeddings (n, 2, d), all different and exact in float16."""
     return np.arange(n * 2 * d, dtype=np.float32).reshape(n, 2, d) / 8 - 1
 
 
 def write(folder, kind, content):
-    """The arrays of `content` as a file of this kind; safetensors hold names as codes."""
+    """Path of a file of this kind with the arrays of `content`; safetensors hold names as codes."""
     kind, *how = kind.split()
     path = Path(folder) / f"pairs.{kind}"
     if kind == "npz":
@@ -66,17 +66,14 @@ def write_parquet(path, content, fixed=False):
     import pyarrow.parquet
 
     def column(array):
-        made = pa.array(array.ravel())
+        nested = pa.array(array.ravel())
         for size in array.shape[:0:-1]:
-            many = len(made) // size
-            made = (
-                pa.FixedSizeListArray.from_arrays(made, size)
-                if fixed
-                else pa.ListArray.from_arrays(
-                    pa.array(np.arange(many + 1) * size, pa.int32()), made
-                )
-            )
-        return made
+            if fixed:
+                nested = pa.FixedSizeListArray.from_arrays(nested, size)
+            else:
+                ends = np.arange(len(nested) // size + 1) * size
+                nested = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), nested)
+        return nested
 
     pyarrow.parquet.write_table(
         pa.table({name: column(array) for name, array in content.items()}), path
@@ -84,7 +81,7 @@ def write_parquet(path, content, fixed=False):
 
 
 def in_memory(emb, groups=None, ties=None, subset=None, lengths=None):
-    """HumanPairs without a file."""
+    """HumanPairs that come from no file."""
     n = len(emb)
     groups = np.arange(n) if groups is None else np.asarray(groups)
     ties = np.zeros(n, bool) if ties is None else np.asarray(ties)
@@ -299,9 +296,8 @@ def test_bad_arrays_are_refused(tmp_path, kind, content, message):
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
-@pytest.mark.parametrize(
-    "name", ["prompt_ids", "prompt_embeddings", "ties", "length_chars"]
-)  # columns of a parquet file have one length
+# Not with parquet, where all columns have one length.
+@pytest.mark.parametrize("name", ["prompt_ids", "prompt_embeddings", "ties", "length_chars"])
 def test_another_number_of_rows_is_refused(tmp_path, kind, name):
     shape = {"prompt_embeddings": (4, 3), "length_chars": (4, 2)}.get(name, (4,))
     content = {
@@ -323,12 +319,12 @@ def test_no_pairs_are_refused(tmp_path, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_damaged_file_is_refused(tmp_path, kind):
     path = write(tmp_path, kind, {"embeddings": rng().random((200, 2, 8))})
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
     with pytest.raises(InputError, match=f"expected a whole .{kind.split()[0]} file"):
         pair_files.load(path)
     if kind.startswith("npz"):
-        path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
         with pytest.raises(InputError, match="expected a whole .npz file"):
             pair_files.load(path)
 
@@ -417,7 +413,10 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
 
 
 def test_links_worked_by_hand():
-    """Rows 0 and 2 share a prompt, 2 and 5 an answer on different sides, 1 and 4 a prompt embedding; 3 stands alone."""
+    """Shared: a prompt by rows 0 and 2, an answer by 2 and 5, a prompt embedding by 1 and 4.
+
+    The answer is on different sides of rows 2 and 5. Row 3 shares nothing.
+    """
     ids = np.array([7, 8, 7, 9, 6, 5])
     other = np.array([0, 1, 2, 3, 1, 4])
     answers = np.array(list("abcdef") + list("ghijkc"))
@@ -442,7 +441,7 @@ def test_links_are_the_closure_of_shared_keys(n, seed):
 
 
 def planted(tmp_path, duplicate):
-    """40 pairs of which row 39 repeats row 0 in one way."""
+    """40 pairs, where row 39 shares the named part with row 0."""
     emb, ids = rng().standard_normal((40, 2, 4)).astype(np.float16), np.arange(40)
     prompt_emb = rng(1).standard_normal((40, 3)).astype(np.float16)
     emb[0, 0, 0] = 0.0
@@ -533,12 +532,12 @@ def test_a_run_of_other_pairs_or_settings_is_refused(tmp_path):
 
 def test_labels_say_where_the_preferred_response_went():
     data = made_preferences(200, groups=np.arange(200) // 2)
-    at = np.arange(20, 180)
-    pairs = recorded.draw(data, at, 6)
+    positions = np.arange(20, 180)
+    pairs = recorded.draw(data, positions, 6)
     preferred = pairs.index[np.arange(160), np.where(pairs.labels == 1, 0, 1)]
-    np.testing.assert_array_equal(pairs.rows[preferred], data.responses.embeddings[0][at])
+    np.testing.assert_array_equal(pairs.rows[preferred], data.responses.embeddings[0][positions])
     np.testing.assert_array_equal(
-        pairs.rows[pairs.index.sum(1) - preferred], data.responses.embeddings[1][at]
+        pairs.rows[pairs.index.sum(1) - preferred], data.responses.embeddings[1][positions]
     )
     assert 60 < pairs.labels.sum() < 100
     assert all(len(set(pairs.folds[pairs.prompts[:, 0] == g])) == 1 for g in pairs.prompts[:, 0])
@@ -574,9 +573,9 @@ def test_estimators_take_the_drawn_pairs():
     pairs = recorded.draw(data, np.arange(200), 6)
     model = BT_MLP(hidden=(16, 8), epochs=10, learning_rate=0.01)
     model.fit(pairs.index, pairs.labels, embeddings=pairs.rows, groups=pairs.prompts[:, 0])
-    at = np.arange(200, 300)
-    difference = recorded.model_differences(model.predict, data, at)
-    sides = [model.predict(data.responses.embeddings[side][at])[:, 0] for side in (0, 1)]
+    positions = np.arange(200, 300)
+    difference = recorded.model_differences(model.predict, data, positions)
+    sides = [model.predict(data.responses.embeddings[side][positions])[:, 0] for side in (0, 1)]
     np.testing.assert_allclose(difference, sides[0] - sides[1], rtol=1e-5, atol=1e-6)
     assert (difference > 0).mean() > 0.85
 
@@ -603,7 +602,10 @@ def test_losses_are_scikit_learns_whichever_response_comes_first(log_odds, seed)
 
 
 def test_reliability_by_hand():
-    """0.9 three times, right twice of it, and 0.6 once: bins at 0.1, 0.4, 0.6, 0.9 observe 1/3, 0, 1, 2/3."""
+    """Probability 0.9 three times, right twice, and 0.6 once, right.
+
+    The bins at 0.1, 0.4, 0.6 and 0.9 observe 1/3, 0, 1 and 2/3.
+    """
     found = preferences.preference_reliability(
         logit(np.array([0.9001, 0.9001, 0.0999, 0.6001])), bins=10
     )
@@ -617,9 +619,8 @@ def test_reliability_by_hand():
 @given(differences)
 @settings(deadline=None)
 def test_reliability_is_scikit_learns_on_pairs_and_mirror_images(log_odds):
-    log_odds = (
-        log_odds + 1e-3 * math.pi
-    )  # off the edges of bins, which the two close on different sides
+    # Away from the edges of the bins, which the two close on different sides.
+    log_odds = log_odds + 1e-3 * math.pi
     p, y = expit(np.concatenate([log_odds, -log_odds])), np.repeat([1, 0], len(log_odds))
     observed, predicted = calibration_curve(y, p, n_bins=20)
     found = preferences.preference_reliability(log_odds)
@@ -653,7 +654,10 @@ def test_the_error_of_perfect_calibration_is_that_of_labels_drawn_from_the_proba
 
 
 def test_accuracy_by_subset_by_hand():
-    """Prompt 0 is right, right; prompt 1 wrong, tied; prompt 2 right. Subset b is prompt 1's tie and prompt 2."""
+    """Prompt 0 is right and right, prompt 1 wrong and tied, prompt 2 right.
+
+    Subset b is the tie of prompt 1 and prompt 2.
+    """
     difference, prompts = np.array([1.0, 2, -1, 0, 3]), np.array([0, 0, 1, 1, 2])
     weights = np.array([[1, 1, 1], [2, 1, 0], [0, 3, 0], [0, 0, 3]])
     found = strict_json(
@@ -697,7 +701,7 @@ def test_intervals_are_over_prompts_not_pairs():
 
 @pytest.mark.parametrize(("right", "n"), [(6, 10), (9, 10), (51, 100)])
 def test_temperature_by_hand(right, n):
-    """All differences +-2: sigmoid(2 / T) has to be the share that is right."""
+    """All differences are +-2: sigmoid(2 / T) has to be the share that is right."""
     difference = np.where(np.arange(n) < right, 2.0, -2.0)
     assert preference_maps.fit_temperature(difference) == pytest.approx(2 / logit(right / n))
 
@@ -724,7 +728,10 @@ def test_temperature_where_there_is_no_optimum():
 
 
 def test_the_map_by_hand():
-    """|d| = 1: right once of twice; |d| = 3: right always. Mirrored: 0 at -3, 1/2 from -1 to 1, 1 at 3."""
+    """|d| = 1 is right in one pair of two, |d| = 3 in both.
+
+    With the mirror images, the map is 0 at -3, 1/2 from -1 to 1, and 1 at 3.
+    """
     numbers = strict_json(preference_maps.fit_map(np.array([1.0, -1, 3, 3])))
     assert numbers["x"] == pytest.approx([-3, 0, 3]) and numbers["y"] == pytest.approx([0, 0.5, 1])
     found = preference_maps.probability(numbers, np.array([0, 0.6, -0.6, 1.8, 3, 50, -50]))
@@ -750,8 +757,10 @@ def test_a_map_of_the_truth_is_the_truth():
     gap = rng().normal(size=20_000)
     difference = np.where(rng(1).random(20_000) < expit(3 * gap), gap, -gap)
     numbers = preference_maps.fit_map(difference)
-    at = np.array([0.1, 0.3, 0.6, 1.0])
-    np.testing.assert_allclose(preference_maps.probability(numbers, at), expit(3 * at), atol=0.03)
+    grid = np.array([0.1, 0.3, 0.6, 1.0])
+    np.testing.assert_allclose(
+        preference_maps.probability(numbers, grid), expit(3 * grid), atol=0.03
+    )
     assert preference_maps.fit_temperature(difference) == pytest.approx(1 / 3, rel=0.05)
 
 
@@ -843,7 +852,7 @@ def test_a_learnable_preference_is_learned(objective):
 
 
 def test_held_out_pairs_are_calibrated_by_calibration_pairs_alone():
-    """The saved temperature and map, applied to the held-out differences, give the held-out table; so do no others."""
+    """The saved temperature and map, applied to held-out differences, give the held-out table."""
     data = made_preferences()
     results, _, ensemble = run(data)
     roles = recorded.split(data, 6)
@@ -871,20 +880,22 @@ def test_held_out_pairs_are_calibrated_by_calibration_pairs_alone():
 
 
 def test_differences_of_an_ensemble_are_in_the_logits_of_its_members():
-    data, at = made_preferences(60), np.arange(40, 60)
+    data, positions = made_preferences(60), np.arange(40, 60)
     pairs = recorded.draw(data, np.arange(40), 6)
     ensemble, _ = train(data, pairs, np.arange(40))
     logits = np.array(
         [
-            recorded.model_differences(lambda x, m=m: mlp.predict(m, x), data, at)
+            recorded.model_differences(lambda x, m=m: mlp.predict(m, x), data, positions)
             for m in ensemble.models
         ]
     )
-    found = recorded.differences(ensemble, np.arange(6.0), data, at, 6)
+    found = recorded.differences(ensemble, np.arange(6.0), data, positions, 6)
     np.testing.assert_allclose(found["members"], logits, rtol=1e-4, atol=1e-5)
     expected = (logits / ensemble.spread[:, None]).mean(0) * ensemble.spread.mean()
     np.testing.assert_allclose(found["aggregations"]["mean"], expected, rtol=1e-4, atol=1e-5)
-    chosen, rejected = (data.responses.embeddings[side][at] @ np.arange(6.0) for side in (0, 1))
+    chosen, rejected = (
+        data.responses.embeddings[side][positions] @ np.arange(6.0) for side in (0, 1)
+    )
     np.testing.assert_allclose(
         found["baselines"]["linear_probe"], chosen - rejected, rtol=1e-4, atol=1e-4
     )

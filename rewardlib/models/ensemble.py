@@ -70,8 +70,9 @@ class Ensemble(RewardModel):
         for i in range(self.n):
             rng = checks.random_generator(self.random_state, "member", i)
             member = _reseed(clone(self.estimator), rng)
-            drawn = self._draw(labels, groups, rng) if self.bootstrap else slice(None)
-            members.append(member.fit(pairs[drawn], labels[drawn], groups=groups[drawn], **options))
+            positions = self._draw(labels, groups, rng) if self.bootstrap else slice(None)
+            member.fit(pairs[positions], labels[positions], groups=groups[positions], **options)
+            members.append(member)
             raw.append(member.predict(sample).astype(float))
             if i == 1 and not self.bootstrap and np.array_equal(raw[0], raw[1]):
                 name = type(self.estimator).__name__

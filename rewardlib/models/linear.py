@@ -97,12 +97,12 @@ class BT_Laplace(BT_Linear):
     alpha I + sum over pairs of p (1 - p) z z', where z = x_0 - x_1. Pairs say nothing about the
     level of the scores, so a score and its standard deviation are those of the difference to the
     mean training response (`center_`). The standard deviation of the difference of two responses
-    comes from predict_difference; the two single ones do not determine it.
+    comes from predict_difference: the standard deviations of the two scores do not determine it.
 
     features: None, or a BT_MLP for last-layer Laplace (arXiv 2106.14806). The BT_MLP is fitted to
     the same pairs, or used as it is when wrapped in scikit-learn's FrozenEstimator. Its last hidden
     layer takes the place of the embeddings and its output weights the place of the MAP estimate, so
-    that the posterior means are its own scores.
+    that the posterior means are the scores of the BT_MLP.
 
     alpha: prior precision. None: as in BT_Linear, but by the plain loss, because the posterior is
     about probabilities; with features, the precision of the highest marginal likelihood. cv,

@@ -36,7 +36,7 @@ ARRAYS = {
 
 
 def save(stem: str | Path, model: mlp.MLP | RewardModel) -> Path:
-    """Write a fitted model to stem.ckpt (MLP), stem.npz (linear) or stem.txt (trees); its path.
+    """Path of a fitted model, written to stem.ckpt (MLP), stem.npz (linear) or stem.txt (trees).
 
     ValueError for models that have no such form. joblib.dump saves any model, for files that never
     leave your hands.
@@ -144,7 +144,7 @@ def _read_state(path):
 
 
 def _reason(error):
-    """The first line of an error, cut to 100 characters; its type where it says nothing."""
+    """First line of an error, up to 100 characters; the type of an error without a message."""
     return (str(error) or type(error).__name__).splitlines()[0][:100]
 
 

@@ -106,7 +106,7 @@ def test_skips_then_replaces_when_settings_change(tiny, tmp_path, capsys):
     generate(tiny, tmp_path)
     assert capsys.readouterr().out.count("already done") == 5
     generate(tiny, tmp_path, "--max_len", "4")
-    assert capsys.readouterr().out.count("replacing earlier responses: max_len 8 -> 4") == 5
+    assert capsys.readouterr().out.count("replacing earlier results: max_len 8 -> 4") == 5
     assert rows_of(folder) != before
 
 
@@ -160,7 +160,7 @@ def test_refusals(tiny, tmp_path):
         generate(tiny, tmp_path, "--temperature", "0")
     with pytest.raises(InputError, match="expected the finished files of step1_sft.py, found none"):
         generate(tiny, tmp_path, "--adapter_name", "sft", "--sft_dir", str(tmp_path))
-    with pytest.raises(InputError, match="expected sft, none or a folder with a LoRA adapter"):
+    with pytest.raises(InputError, match="expected sft, none or a folder of a LoRA adapter"):
         generate(tiny, tmp_path, "--adapter_name", str(tmp_path))
     with pytest.raises(InputError, match="prompts of at most 3 tokens, found none among 13"):
         generate(tiny, tmp_path, "--max_prompt_tokens", "3")
@@ -185,7 +185,7 @@ def test_vllm_missing_is_named(monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="backend vllm: expected the package vllm, found none"):
+    with pytest.raises(InputError, match="backend vllm: the package vllm is missing"):
         step2_gen_sample.choose_backend("vllm")
     assert step2_gen_sample.choose_backend("auto") == "transformers"
 

@@ -16,7 +16,7 @@ from test_step3_5 import change, step3_5
 
 import step4_gen_embeddings
 from rewardlib import artifacts
-from rewardlib.data import embeddings, published
+from rewardlib.data import embeddings
 from rewardlib.errors import InputError
 from rewardlib.llm import encoding, loading, responses, sampling, staging
 
@@ -131,7 +131,7 @@ def test_batches_hold_the_budget_and_every_text_once():
 
 def test_every_row_in_its_place(gen, tmp_path, model, capsys):
     out = tmp_path / "data"
-    run(gen, out, model, "--published_dir", str(tmp_path / "pub"))
+    run(gen, out, model)
     for split, (n, k) in SIZES.items():
         loaded = embeddings.load(out, split)
         assert loaded.shape == (n, k, 64)
@@ -147,13 +147,6 @@ def test_every_row_in_its_place(gen, tmp_path, model, capsys):
         assert loaded.rewards.tolist() == [
             [sign * (100 * i + j) for j in range(k)] for i in range(n)
         ]
-        pair = published.find(
-            published.files_in(tmp_path / "pub"), tmp_path / "pub", split, wanted_names(model)
-        )
-        source = published.open_source(*pair, "KND")
-        assert source.shape == (k, n, 64)
-        assert (np.load(pair[0]) == np.stack(loaded.embeddings)).all()
-        assert (np.load(pair[1]) == loaded.rewards.T).all()
     manifest = artifacts.read_manifest(out)
     assert manifest["producer"] == "step4_gen_embeddings.py" and len(manifest["files"]) == 2 * (
         6 + 8
@@ -164,12 +157,6 @@ def test_every_row_in_its_place(gen, tmp_path, model, capsys):
     capsys.readouterr()
     run(gen, out, model)
     assert "already done" in capsys.readouterr().out
-
-
-def wanted_names(model):
-    return published.names(
-        "helpful", "hh-rlhf-helpful-gpt4", "gpt4", responses.label(model), "gemma7b", "rm"
-    )
 
 
 def test_shuffled_responses_are_found(gen, tmp_path, model):

@@ -154,8 +154,8 @@ def make_parts(folder, data_class, rows):
         part_dir = artifacts.writable_dir(responses.part_folder(folder, data_class, part))
         artifacts.write_jsonl(part_dir / "responses.jsonl", responses.part_of(rows, part))
         artifacts.write_json(part_dir / "prompts.json", about)
-        work = responses.work_of(
-            {"n_samples": len(rows[0]["responses"])}, {"model": "hand", "prompts": part}
+        work = artifacts.identity(
+            None, {"n_samples": len(rows[0]["responses"])}, {"model": "hand", "prompts": part}
         )
         artifacts.record(part_dir, "step2", work, ["responses.jsonl", "prompts.json"], 0)
     return folder
@@ -176,7 +176,7 @@ def make_rewards(folder, data_class, rewards, reward_model="rm"):
             for row in rows
         ]
         artifacts.write_jsonl(part_dir / f"rewards_{reward_model}.jsonl", made)
-        work = responses.work_of({}, {"responses": digest, "reward_model": reward_model})
+        work = artifacts.identity(None, {}, {"responses": digest, "reward_model": reward_model})
         artifacts.record(
             part_dir, f"step3 {reward_model}", work, [f"rewards_{reward_model}.jsonl"], 0
         )

@@ -506,7 +506,7 @@ SETTINGS = {
 
 def test_checkpoint_names_follow_the_documented_pattern():
     assert (
-        run_record.stem(SETTINGS, 8, 3)
+        run_record.stem({**SETTINGS, "n_sample": 8}, 3)
         == "XPrompt_mlp_bt_3_seed6_firstn_2_n_8_pair_10_replacement_false_epoch2_lr0.001"
     )
     other = {
@@ -516,12 +516,12 @@ def test_checkpoint_names_follow_the_documented_pattern():
         "consider_first_n": -1,
         "replacement": True,
     }
-    name = run_record.stem(other, 100, 12)
+    name = run_record.stem({**other, "n_sample": 100}, 12)
     assert (
         name
         == "SamePrompt_mlp_clf_12_seed6_firstn_-1_n_100_pair_10_replacement_true_epoch2_lr0.001"
     )
-    assert "_bt_seed6_" in run_record.stem(SETTINGS, 8)
+    assert "_bt_seed6_" in run_record.stem({**SETTINGS, "n_sample": 8})
     pattern = (
         r"(X|Same)Prompt_mlp_(bt|clf)_\d+_seed\d+_firstn_-?\d_n_\d+_pair_\d+"
         r"_replacement_(true|false)_epoch\d+_lr\S+"
@@ -531,7 +531,7 @@ def test_checkpoint_names_follow_the_documented_pattern():
 
 def test_a_number_has_one_spelling_in_names():
     names = {
-        run_record.stem({**SETTINGS, "learning_rate": float(text)}, 8)
+        run_record.stem({**SETTINGS, "learning_rate": float(text)})
         for text in ("1e-3", "0.001", "0.0010", ".001")
     }
     assert len(names) == 1
@@ -674,7 +674,7 @@ def test_without_a_finished_step_5(run):
     out, data = run
     os.remove(out / "manifest.json")
     with pytest.raises(
-        InputError, match="no finished reward models found; run step 5 with the same settings first"
+        InputError, match="no finished reward models; run step 5 with the same settings first"
     ):
         run_record.open_run(out, dict(SETTINGS), data)
 

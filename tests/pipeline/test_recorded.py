@@ -507,7 +507,7 @@ def test_a_run_of_other_pairs_or_settings_is_refused(tmp_path):
     data = made_preferences(20)
     run = recorded.run_settings({"seed": 6, "n_sample": 100, "annotation_quality": 10.0}, data)
     assert run["n_sample"] == 20 and run["pairing"] == "human" and run["annotation_quality"] is None
-    with pytest.raises(InputError, match="no finished reward models found; run step 5"):
+    with pytest.raises(InputError, match="no finished reward models; run step 5"):
         recorded.open_run(tmp_path, run, data)
     recorded.save_split(tmp_path, recorded.split(data, 6), 6)
     artifacts.write_json(tmp_path / "orm.json", {"prompts": [0], "folds": [0], "members": []})

@@ -46,7 +46,11 @@ REWARD_LINE_BYTES = 40  # assumed by the check of free disk space
 def make_parser() -> argparse.ArgumentParser:
     parser = console.parser(__doc__)
     group = parser.add_argument_group("inputs")
-    group.add_argument("--embd_dir", help="folder to search for the files, with its sub-folders")
+    group.add_argument(
+        "--embd_dir",
+        help="folder to search for the files, with its sub-folders; run_all.sh searches "
+        "embd/RM-Embeddings where no other is given",
+    )
     group.add_argument(
         "--embd_file",
         nargs="+",

@@ -162,7 +162,7 @@ def test_refusals(tiny, tmp_path):
         generate(tiny, tmp_path, "--adapter_name", "sft", "--sft_dir", str(tmp_path))
     with pytest.raises(InputError, match="expected sft, none or a folder of a LoRA adapter"):
         generate(tiny, tmp_path, "--adapter_name", str(tmp_path))
-    with pytest.raises(InputError, match="prompts of at most 3 tokens, found none among 13"):
+    with pytest.raises(InputError, match="none of 13 prompts has at most 3 tokens"):
         generate(tiny, tmp_path, "--max_prompt_tokens", "3")
     with pytest.raises(
         InputError,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from rewardlib import artifacts
+from rewardlib import api, artifacts
 from rewardlib.cli import console, flags, preflight, settings
 from rewardlib.data import embeddings
 from rewardlib.errors import InputError
@@ -73,7 +73,7 @@ def plan(chain: Namespace, values: Mapping[str, str]) -> tuple[list[Stage], Path
             "RUN_GPU_STEPS and USE_REPO_EMBD: expected at most one of them, found both"
         )
     first, last = steps_of(chain, values)
-    values = with_generator(chain, values)
+    values = with_derived(chain, values)
     run_args = settings.parse("step7", values)
     flags.check_model(run_args)
     flags.distillation_settings(run_args)
@@ -110,12 +110,13 @@ def steps_of(chain: Namespace, values: Mapping[str, str]) -> tuple[int, int]:
     return max(first, 5), min(last, 6)
 
 
-def with_generator(chain: Namespace, values: Mapping[str, str]) -> dict[str, str]:
-    """The settings with GEN_PREF_MODEL, where it follows from the others."""
+def with_derived(chain: Namespace, values: Mapping[str, str]) -> dict[str, str]:
+    """The settings with those that follow from others: the generator, the published files."""
     values = dict(values)
     if chain.run_gpu_steps and "MODEL_NAME" in values:  # one model answers and embeds
         values.setdefault("GEN_PREF_MODEL", values["MODEL_NAME"])
     if chain.use_repo_embd:
+        values.setdefault("EMBD_REPO_DIR", str(api.USUAL_ROOT))
         values["GEN_PREF_MODEL"] = settings.parse("convert", values).gen_model
     return values
 

@@ -68,7 +68,7 @@ def test_settings_that_follow_from_others():
 
     def generator(**values):
         parsed = settings.parse("chain", values)
-        return chain.with_generator(parsed, values).get("GEN_PREF_MODEL")
+        return chain.with_derived(parsed, values).get("GEN_PREF_MODEL")
 
     assert generator() is None
     assert generator(MODEL_NAME="small") is None

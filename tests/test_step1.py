@@ -156,14 +156,14 @@ def test_bad_sources(tmp_path, monkeypatch):
     ):
         prompts.read_examples(str(path), tmp_path)
     path.write_text("prompt\n")
-    with pytest.raises(InputError, match="expected at least one row, found none"):
+    with pytest.raises(InputError, match=r"x\.csv: no rows"):
         prompts.read_prompts(str(path), "train", tmp_path)
     path.write_text("id,prompt\n1,a\n1,b\n")
-    with pytest.raises(InputError, match="a different id in every row, found '1' twice"):
+    with pytest.raises(InputError, match="a different id in every row, found '1' more than once"):
         prompts.read_prompts(str(path), "train", tmp_path)
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"prompt": "a"}) + "\n[3]\n")
-    with pytest.raises(InputError, match="line 2: expected one JSON object a line"):
+    with pytest.raises(InputError, match="line 2: expected one JSON object per line"):
         prompts.read_prompts(str(path), "train", tmp_path)
     with pytest.raises(InputError, match="dataset nonsense: expected hh-rlhf-helpful"):
         prompts.read_examples("nonsense", tmp_path)
@@ -175,7 +175,8 @@ def test_bad_sources(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", broken_off)
     with pytest.raises(
-        InputError, match="Anthropic/hh-rlhf: expected .* peer closed .* the same command goes on"
+        InputError,
+        match=r"Anthropic/hh-rlhf: expected .* peer closed .* \(the same command resumes a download",
     ):
         prompts.read_prompts("hh-rlhf-helpful", "train", tmp_path)
 
@@ -203,7 +204,7 @@ def test_model_without_pad_or_end_token(tiny, tmp_path):
     tokenizer.pad_token = None
     assert loading.padding_token(tokenizer, "x") == tokenizer.eos_token_id
     tokenizer.eos_token = None
-    with pytest.raises(InputError, match="a pad or an end token, found none"):
+    with pytest.raises(InputError, match="x: the tokenizer has neither a padding nor an end token"):
         loading.padding_token(tokenizer, "x")
 
 

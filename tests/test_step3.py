@@ -137,7 +137,8 @@ def test_chat_template(reward_model, tmp_path):
 def test_untrained_head_is_refused(gen, tmp_path, capsys):
     headless = str(tiny_models.make_reward_model(tmp_path / "headless", head=False))
     with pytest.raises(
-        InputError, match="expected a reward model with a trained score head, found none for score"
+        InputError,
+        match="expected a reward model with a trained score head, found no values for score",
     ):
         annotate(gen, headless)
     assert not list(gen.glob("*/rewards_*"))
@@ -152,18 +153,18 @@ def test_several_labels_are_refused(gen, tmp_path):
 
 
 def test_refusals(gen, reward_model):
-    with pytest.raises(InputError, match=r"expected at most 20 tokens a text, found \d+ longer"):
+    with pytest.raises(InputError, match=r"expected at most 20 tokens per text, found \d+ longer"):
         annotate(gen, reward_model, "--max_length", "20")
     with pytest.raises(InputError, match="task other: expected --reward_model beside it"):
         step3_reward_annotation.parse_args(["--task", "other"])
     with pytest.raises(
-        InputError, match=r"test-part_0: expected the finished files of step2_gen_sample.py"
+        InputError, match=r"test-part_0: the finished files of step2_gen_sample.py are missing"
     ):
         annotate(gen, reward_model, "--data_class", "test")
     path = responses.part_folder(gen, "train", 0) / "responses.jsonl"
     path.write_text(path.read_text().replace("river", "water"))
     with pytest.raises(
-        InputError, match="expected the file as step2_gen_sample.py wrote it, found it changed"
+        InputError, match="expected the file as step2_gen_sample.py wrote it, found a changed file"
     ):
         annotate(gen, reward_model)
 

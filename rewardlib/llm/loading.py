@@ -1,13 +1,13 @@
-"""Language models by name or folder: fingerprints, tokenizers and models, loaded with checks.
-
-transformers and torch are imported where they are used: the steps on arrays do without
-transformers.
-"""
+"""Language models by name or folder: fingerprints, tokenizers and models, loaded with checks."""
 
 import contextlib
 import hashlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from rewardlib import artifacts
 from rewardlib.errors import InputError
@@ -25,8 +25,11 @@ SAMPLE_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def fetching(name, expected):
-    """Turn whatever goes wrong while `name` is read or downloaded into one line."""
+def fetching(name: str, expected: str) -> Iterator[None]:
+    """Turn any error raised while `name` is read or downloaded into an InputError of one line.
+
+    `expected` says what `name` should be. Out of memory is passed on, for `memory_of`.
+    """
     try:
         yield
     except InputError:
@@ -36,14 +39,14 @@ def fetching(name, expected):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise InputError(
-            f"{name}: expected {expected}, found: {reason}; check the name, the access and the network "
-            "(finished files of a download are kept: the same command goes on)"
+            f"{name}: expected {expected}, found: {reason}; check the name, the access rights and "
+            "the network (the same command resumes a download: finished files are kept)"
         ) from error
 
 
 @contextlib.contextmanager
-def memory_of(flags):
-    """CUDA out of memory becomes a line that names the `flags` to lower."""
+def memory_of(flags: str) -> Iterator[None]:
+    """Turn CUDA out of memory into an InputError that names the `flags` to lower."""
     try:
         yield
     except Exception as error:
@@ -55,10 +58,9 @@ def memory_of(flags):
 
 
 def _is_out_of_memory(error):
-    import torch
-
     if isinstance(error, torch.OutOfMemoryError):
         return True
+    # vLLM reports a lack of memory in errors of other types
     text = str(error).lower()
     return (
         "cuda out of memory" in text
@@ -67,21 +69,25 @@ def _is_out_of_memory(error):
     )
 
 
-def full_name(name):
+def full_name(name: str) -> str:
+    """Hugging Face id of a short name in NAMES; any other name is returned as given."""
     return NAMES.get(name, name)
 
 
-def fingerprint(name):
-    """What tells one version of a model from another: digests of a folder's files, or the revision on the hub."""
+def fingerprint(name: str) -> dict:
+    """What distinguishes one version of a model from another.
+
+    {file: digest} of a local folder; {"hub", "revision"} of a model on the hub. Raises InputError
+    when the hub cannot be reached or does not have the model.
+    """
     folder = Path(full_name(name))
     if not folder.is_dir():
         from transformers.utils import cached_file
 
         with fetching(full_name(name), "a local folder or a model on the hub"):
-            return {
-                "hub": full_name(name),
-                "revision": Path(cached_file(full_name(name), "config.json")).parent.name,
-            }
+            # the cache keeps each revision in a folder that bears its hash
+            config_path = Path(cached_file(full_name(name), "config.json"))
+            return {"hub": full_name(name), "revision": config_path.parent.name}
     files = [
         path
         for path in sorted(folder.iterdir())
@@ -91,7 +97,7 @@ def fingerprint(name):
 
 
 def _digest_ends(path):
-    """Digest of the size, the first and the last MB: weights of many GB are told apart without reading them."""
+    """Digest of a file's size, first MB and last MB: weights of many GB are not read in full."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         digest = hashlib.sha256(f"{size} ".encode() + file.read(SAMPLE_BYTES))
@@ -100,74 +106,71 @@ def _digest_ends(path):
     return digest.hexdigest()
 
 
-def device():
-    import torch
-
+def device() -> str:
+    """Name of the device to compute on: cuda where there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def torch_dtype(name):
-    """The torch dtype called `name`; auto is bfloat16 on a GPU and float32 elsewhere."""
-    import torch
-
-    return getattr(
-        torch, ("bfloat16" if device() == "cuda" else "float32") if name == "auto" else name
-    )
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name`; "auto" is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device() == "cuda" else torch.float32
+    return getattr(torch, name)
 
 
-def quiet():
-    """Progress bars of transformers on a terminal only; its report of the weights is replaced by our own check."""
-    import logging
+def quiet() -> None:
+    """Show transformers' progress bars on a terminal only, and drop its report on the weights.
 
-    from transformers.utils import logging as bars
+    `load_model` makes a check of its own in place of that report.
+    """
+    from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
-        bars.disable_progress_bar()
-    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
+        transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_not_load_report)
 
 
-def _is_no_report(record):
+def _is_not_load_report(record):
     return "LOAD REPORT" not in record.getMessage()
 
 
-def load_tokenizer(name, trust_remote_code=False):
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """The tokenizer of a model, given by name or folder; InputError when it cannot be loaded."""
     from transformers import AutoTokenizer
 
     with fetching(full_name(name), "the tokenizer of a local folder or of a model on the hub"):
         return AutoTokenizer.from_pretrained(full_name(name), trust_remote_code=trust_remote_code)
 
 
-def load_model(kind, name, dtype="auto", trust_remote_code=False, adapter=None):
-    """A model in evaluation mode on the device. kind: "causal", "base" (hidden states) or "reward" (one score).
+def load_model(
+    kind: str,
+    name: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    adapter: Path | None = None,
+):
+    """A transformers model in evaluation mode on the device, with the LoRA `adapter` merged in.
 
-    Weights that the checkpoint lacks would be random: they are refused.
+    kind: "causal" (next tokens), "base" (hidden states) or "reward" (one score per text).
+    Raises InputError when the model cannot be loaded, when the checkpoint lacks weights, which
+    would be random, or when a reward model has more than one output.
     """
     import transformers
 
     quiet()
-    auto = {
+    auto_class = {
         "causal": transformers.AutoModelForCausalLM,
         "base": transformers.AutoModel,
         "reward": transformers.AutoModelForSequenceClassification,
     }[kind]
     with fetching(full_name(name), f"a {kind} model in a local folder or on the hub"):
-        model, info = auto.from_pretrained(
+        model, info = auto_class.from_pretrained(
             full_name(name),
             dtype=torch_dtype(dtype),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    missing = sorted(key for key in info["missing_keys"] if kind != "base" or "pooler" not in key)
-    if missing:
-        why = "a reward model with a trained score head" if kind == "reward" else "all weights"
-        raise InputError(
-            f"{full_name(name)}: expected {why}, found none for {', '.join(missing[:3])}"
-            f"{' and others' if len(missing) > 3 else ''}; they would be random: give another checkpoint"
-        )
-    if kind == "reward" and model.config.num_labels != 1:
-        raise InputError(
-            f"{full_name(name)}: expected a reward model with one score, found {model.config.num_labels} labels"
-        )
+    _check_weights(kind, full_name(name), model, info["missing_keys"])
     if adapter:
         from peft import PeftModel
 
@@ -176,11 +179,28 @@ def load_model(kind, name, dtype="auto", trust_remote_code=False, adapter=None):
     return model.eval().to(device())
 
 
-def padding_token(tokenizer, name):
-    """The id to pad with: the tokenizer's own, else its end token (masked either way)."""
+def _check_weights(kind, name, model, missing_keys):
+    # many checkpoints lack a pooler, and hidden states do not depend on one
+    missing = sorted(key for key in missing_keys if kind != "base" or "pooler" not in key)
+    if missing:
+        expected = "a reward model with a trained score head" if kind == "reward" else "all weights"
+        raise InputError(
+            f"{name}: expected {expected}, found no values for {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}, which would be random; "
+            "choose another checkpoint"
+        )
+    if kind == "reward" and model.config.num_labels != 1:
+        raise InputError(
+            f"{name}: expected a reward model with one score, found {model.config.num_labels} "
+            "labels; choose another checkpoint"
+        )
+
+
+def padding_token(tokenizer, name: str) -> int:
+    """The id to pad with: the padding token's, else the end token's (padding is masked anyway)."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
     raise InputError(
-        f"{full_name(name)}: expected a tokenizer with a pad or an end token, found none; set pad_token"
+        f"{full_name(name)}: the tokenizer has neither a padding nor an end token; set pad_token"
     )

@@ -1,33 +1,51 @@
-"""Sampled responses, with transformers or vLLM."""
+"""Responses sampled from a causal language model, with transformers or with vLLM."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from rewardlib import artifacts
-from rewardlib.llm import encoding, loading
+from rewardlib.llm import loading
+
+# Responses per call of generate. The seed of a call depends on it: another size, other responses.
+CHUNK = 32
 
 
-def encode(tokenizer, text):
-    """Token ids of a text that goes on: with the tokenizer's start token, without an end token."""
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that will be continued: start token kept, end token removed."""
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id else ids
 
 
-def decode(tokenizer, prompt, new):
-    """Text of the `new` ids after the `prompt` ids, up to the end token.
+def decode(tokenizer, prompt: list[int], new: list[int]) -> str:
+    """Text of the `new` ids that follow the `prompt` ids, up to the end token.
 
-    They are decoded behind the prompt's last ids, as some tokenizers drop the space at the start of
-    a text.
+    The new ids are decoded together with the prompt's last ids, because some tokenizers drop the
+    space at the start of a text.
     """
     if tokenizer.eos_token_id in new:
         new = new[: list(new).index(tokenizer.eos_token_id)]
     settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(prompt[-4:], **settings)
-    return tokenizer.decode([*prompt[-4:], *new], **settings)[len(before) :]
+    context = tokenizer.decode(prompt[-4:], **settings)
+    return tokenizer.decode([*prompt[-4:], *new], **settings)[len(context) :]
 
 
-def sample(model, tokenizer, prompt, seed, n, max_len, temperature, top_p):
-    """n lists of new token ids after the ids `prompt`. They depend on the prompt, the seed and n alone."""
-    import torch
+def sample(
+    model,
+    tokenizer,
+    prompt: list[int],
+    seed: int,
+    n: int,
+    max_len: int,
+    temperature: float,
+    top_p: float,
+) -> list[list[int]]:
+    """Sample n continuations of the ids `prompt`, as n lists of new token ids.
+
+    For given settings the continuations depend on the prompt, the seed and n alone, not on other
+    prompts. A temperature of 0 decodes greedily. `max_len` counts new tokens.
+    """
     from transformers import GenerationConfig
 
     # the checkpoint's own generation settings (top_k, penalties) must not mix with those asked for
@@ -38,29 +56,33 @@ def sample(model, tokenizer, prompt, seed, n, max_len, temperature, top_p):
         settings |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     model.generation_config = GenerationConfig(**settings)
     ids = torch.tensor([prompt], device=model.device)
-    made = []
-    for start in range(0, n, encoding.CHUNK):
+    continuations = []
+    for start in range(0, n, CHUNK):
         torch.manual_seed(seed + start)
-        rows = min(encoding.CHUNK, n - start)
+        n_sequences = min(CHUNK, n - start)
         with torch.inference_mode():
-            out = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), num_return_sequences=rows
+            sequences = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), num_return_sequences=n_sequences
             )
-        made += out[:, len(prompt) :].tolist()
-    return made
+        continuations += sequences[:, len(prompt) :].tolist()
+    return continuations
 
 
 def vllm_engine(
-    name,
-    dtype,
-    adapter,
-    max_model_len,
-    tensor_parallel,
-    gpu_memory_utilization,
-    seed,
-    trust_remote_code,
-):
-    """sample_all(prompts, seeds, n, max_len, temperature, top_p): n lists of new ids for each of the lists of ids."""
+    name: str,
+    dtype: str,
+    adapter: Path | None,
+    max_model_len: int,
+    tensor_parallel: int,
+    gpu_memory_utilization: float,
+    seed: int,
+    trust_remote_code: bool,
+) -> Callable[..., list[list[list[int]]]]:
+    """Load a model into vLLM and return sample_all, which samples for many prompts at once.
+
+    sample_all(prompts, seeds, n, max_len, temperature, top_p) takes one list of token ids and one
+    seed per prompt, and returns n lists of new token ids per prompt.
+    """
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -78,7 +100,7 @@ def vllm_engine(
             tensor_parallel_size=tensor_parallel,
             gpu_memory_utilization=gpu_memory_utilization,
             seed=seed,
-            generation_config="vllm",
+            generation_config="vllm",  # not the checkpoint's own settings, as in `sample`
             trust_remote_code=trust_remote_code,
             **lora,
         )
@@ -93,9 +115,8 @@ def vllm_engine(
             "detokenize": False,
         }
         params = [SamplingParams(seed=seed, **settings) for seed in seeds]
-        outs = engine.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], params, lora_request=request
-        )
-        return [[list(one.token_ids) for one in out.outputs] for out in outs]
+        token_prompts = [{"prompt_token_ids": ids} for ids in prompts]
+        results = engine.generate(token_prompts, params, lora_request=request)
+        return [[list(output.token_ids) for output in result.outputs] for result in results]
 
     return sample_all

@@ -158,7 +158,7 @@ def test_refusals(tiny, tmp_path):
         InputError, match="temperature 0 gives one response: expected --n_samples 1, found 3"
     ):
         generate(tiny, tmp_path, "--temperature", "0")
-    with pytest.raises(InputError, match="expected the finished files of step1_sft.py, found none"):
+    with pytest.raises(InputError, match="the finished files of step1_sft.py are missing"):
         generate(tiny, tmp_path, "--adapter_name", "sft", "--sft_dir", str(tmp_path))
     with pytest.raises(InputError, match="expected sft, none or a folder of a LoRA adapter"):
         generate(tiny, tmp_path, "--adapter_name", str(tmp_path))

@@ -83,13 +83,13 @@ def test_fewer_prompts_than_parts(tmp_path):
 def test_missing_parts(gen):
     (gen / "train-part_3" / "manifest.json").rename(gen / "train-part_3" / "kept")
     with pytest.raises(
-        InputError, match=r"train-part_3: expected .* of step2_gen_sample.py --split 3, found none"
+        InputError, match=r"train-part_3: .* files of step2_gen_sample.py --split 3 are missing"
     ):
         join(gen)
-    with pytest.raises(InputError, match="of step2_gen_sample.py --split 0, found none"):
+    with pytest.raises(InputError, match="of step2_gen_sample.py --split 0 are missing"):
         join(gen, "--data_class", "test")
     (gen / "train-part_3" / "kept").rename(gen / "train-part_3" / "manifest.json")
-    with pytest.raises(InputError, match="of step3_reward_annotation.py --split 0, found none"):
+    with pytest.raises(InputError, match="of step3_reward_annotation.py --split 0 are missing"):
         join(gen, "--reward_model", "another")
 
 
@@ -99,7 +99,7 @@ def test_k_must_match(gen, tmp_path):
     other = tiny_models.make_parts(tmp_path / "other", "train", tiny_models.hand_rows(6, 2))
     (gen / "train-part_2").rename(tmp_path / "old")
     (other / "train-part_2").rename(gen / "train-part_2")
-    with pytest.raises(InputError, match="found none"):
+    with pytest.raises(InputError, match="of step3_reward_annotation.py --split 2 are missing"):
         join(gen)
     manifest = artifacts.read_manifest(gen / "train-part_2")
     manifest["step3 rm"] = artifacts.read_manifest(tmp_path / "old")["step3 rm"]
@@ -114,7 +114,9 @@ def test_shuffled_responses_are_found(gen):
     """Responses of a prompt in another order than the one in which they were scored."""
     path = gen / "train-part_4" / "responses.jsonl"
     change(path, lambda rows: [{**row, "responses": row["responses"][::-1]} for row in rows])
-    with pytest.raises(InputError, match="expected rewards of the present responses, found older"):
+    with pytest.raises(
+        InputError, match="expected rewards of the present responses, found rewards of earlier ones"
+    ):
         join(gen)
     manifest = artifacts.read_manifest(path.parent)
     manifest["step3 rm"]["inputs"]["responses"] = manifest["step2"]["outputs"]["responses.jsonl"][
@@ -141,7 +143,7 @@ def test_other_prompts_missing_rewards_and_changed_files(gen):
         join(gen)
     path.write_bytes(kept + b"\n")
     with pytest.raises(
-        InputError, match="as step3_reward_annotation.py wrote it, found it changed"
+        InputError, match="as step3_reward_annotation.py wrote it, found a changed file"
     ):
         join(gen)
     assert not (gen / "records_rm_train.jsonl").exists()

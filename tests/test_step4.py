@@ -182,14 +182,14 @@ def test_shuffled_responses_are_found(gen, tmp_path, model):
         run(gen, tmp_path / "data", model)
     path.write_bytes(kept)
     change(path, lambda rows: rows[:-1])
-    with pytest.raises(InputError, match="expected 6 records of each prompt, found 41 in all"):
+    with pytest.raises(InputError, match="expected 6 records per prompt, found 41 records of 7"):
         run(gen, tmp_path / "data", model)
     path.write_bytes(kept)
     change(path, lambda rows: rows)
     rows = [json.loads(line) for line in kept.decode().splitlines()]
     artifacts.write_jsonl(path, swap(rows, "reward"))
     with pytest.raises(
-        InputError, match=r"as step3.5_processing_data.py wrote it, found it changed"
+        InputError, match=r"as step3.5_processing_data.py wrote it, found a changed file"
     ):
         run(gen, tmp_path / "data", model)
     assert not list((tmp_path / "data").glob("*split_*"))
@@ -213,7 +213,10 @@ def test_parts_and_splits_by_hand_equal_all(gen, tmp_path, model, capsys):
     # another pooling makes the test files those of another embedding: they go
     run(gen, tmp_path / "both", model, "--train_test", "train", "--pooling", "mean")
     assert embeddings.load(tmp_path / "both", "test") is None
-    assert "the test files of other data or another model are removed" in capsys.readouterr().out
+    assert (
+        "the test files were made from other data or by another model and are removed"
+        in capsys.readouterr().out
+    )
 
 
 def test_killed_and_run_again(gen, tmp_path, model):
@@ -309,15 +312,15 @@ def test_changed_files_are_made_again(gen, tmp_path, model):
 def test_refusals(gen, tmp_path, model, monkeypatch):
     out = tmp_path / "data"
     with pytest.raises(
-        InputError, match="expected at least the n_samples 11 asked for, found 6 responses"
+        InputError, match="expected at least n_samples = 11 responses per prompt, found 6;"
     ):
         run(gen, out, model, "--n_samples", "11")
-    with pytest.raises(InputError, match=r"expected at most 9 tokens a text, found \d+ longer"):
+    with pytest.raises(InputError, match=r"expected at most 9 tokens per text, found \d+ longer"):
         run(gen, out, model, "--max_length", "9")
     with pytest.raises(InputError, match="no/such: expected a local folder or a model on the hub"):
         run(gen, out, "no/such")
     with pytest.raises(
-        InputError, match="finished files of step3.5_processing_data.py, found none"
+        InputError, match="the finished files of step3.5_processing_data.py are missing"
     ):
         run(gen, out, model, "--reward_model", "another")
 

@@ -1,9 +1,11 @@
-"""Where prompts and fine-tuning examples come from, and the dialogue text they are written as.
+"""Sources of prompts and fine-tuning examples, and the dialogue format in which they are written.
 
-hh-rlhf-{helpful,harmless}        Anthropic/hh-rlhf: DATA_DIR/NAME (a save_to_disk folder) or the hub
-hh-rlhf-{helpful,harmless}-gpt4   DATA_DIR/synthetic_hhrlhf_{task}_expert_gpt4.csv: query, response (fine-tuning only)
-ultrafeedback, helpsteer          DATA_DIR/NAME_{train,test}.csv: prompt (prompts only)
-a .jsonl or .csv file             prompt (or query), completion (or response), id; {data_class} stands for train / test
+hh-rlhf-{helpful,harmless}        Anthropic/hh-rlhf: DATA_DIR/NAME (from save_to_disk) or the hub
+hh-rlhf-{helpful,harmless}-gpt4   DATA_DIR/synthetic_hhrlhf_{task}_expert_gpt4.csv with columns
+                                  query and response; for fine-tuning only
+ultrafeedback, helpsteer          DATA_DIR/NAME_{train,test}.csv with a column prompt; prompts only
+a .jsonl or .csv file             columns prompt (or query), completion (or response) and id;
+                                  {data_class} in the file's name stands for train or test
 """
 
 import csv
@@ -11,6 +13,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rewardlib.errors import InputError
@@ -18,6 +21,7 @@ from rewardlib.llm.loading import fetching
 
 NEXT_TURN = "\n\nHuman"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+# the groups: the task, and whether GPT-4 wrote the responses
 HH = re.compile(r"hh-rlhf-(helpful|harmless)(-gpt4)?")
 CSV_PROMPTS = ("ultrafeedback", "helpsteer")
 SOURCES = "hh-rlhf-helpful, hh-rlhf-harmless, ultrafeedback, helpsteer or a .jsonl / .csv file"
@@ -27,39 +31,43 @@ COLUMNS = {"prompt": ("prompt", "query"), "completion": ("completion", "response
 # --------------------------------------------------------------------------------------------- text
 
 
-def dialogue(text):
-    """`text` as a dialogue that waits for an answer: "\\n\\nHuman: ...\\n\\nAssistant:"."""
+def dialogue(text: str) -> str:
+    """`text` as a dialogue that ends at the answer: "\\n\\nHuman: ...\\n\\nAssistant:"."""
     text = text.rstrip() if HUMAN in text else f"{HUMAN} {text.strip()}"
     return text if text.endswith(ASSISTANT) else text + ASSISTANT
 
 
-def cut(response):
-    """The response up to the next turn of the human: what is scored, embedded and kept."""
+def cut(response: str) -> str:
+    """The response up to the human's next turn: the part that is scored, embedded and kept."""
     return response.split(NEXT_TURN, 1)[0]
 
 
-def messages(query, response):
-    """The dialogue as chat messages; the response is one message whatever it contains."""
+def messages(query: str, response: str) -> list[dict[str, str]]:
+    """The dialogue as chat messages {"role", "content"}; the response is always one message."""
     turns = re.split(r"\n\n(Human|Assistant):", query.removesuffix(ASSISTANT))
     roles = {"Human": "user", "Assistant": "assistant"}
-    found = [
-        {"role": roles[r], "content": t.strip()}
-        for r, t in zip(turns[1::2], turns[2::2], strict=True)
+    # re.split yields the text before the first turn, then speaker, text, speaker, text, ...
+    history = [
+        {"role": roles[speaker], "content": text.strip()}
+        for speaker, text in zip(turns[1::2], turns[2::2], strict=True)
     ]
-    return [*found, {"role": "assistant", "content": response.strip()}]
+    return [*history, {"role": "assistant", "content": response.strip()}]
 
 
 # ------------------------------------------------------------------------------------------ sources
 
 
-def default_prompts(dataset):
-    """The prompt source that goes with a fine-tuning data set: the same one, without -gpt4."""
-    found = HH.fullmatch(dataset)
-    return f"hh-rlhf-{found[1]}" if found else dataset
+def default_prompts(dataset: str) -> str:
+    """The prompt source that belongs to a fine-tuning data set: its own name, without -gpt4."""
+    hh = HH.fullmatch(dataset)
+    return f"hh-rlhf-{hh[1]}" if hh else dataset
 
 
-def read_prompts(name, data_class, data_dir):
-    """[{"id", "query"}] of the prompts of `data_class` ("train" or "test"), in the order of the source."""
+def read_prompts(name: str, data_class: str, data_dir: str | Path) -> list[dict[str, str]]:
+    """Prompts [{"id", "query"}] of `data_class` ("train" or "test"), in the source's order.
+
+    Raises InputError when the source is unknown, unreadable or empty, or repeats an id.
+    """
     hh = HH.fullmatch(name)
     if hh and not hh[2]:
         texts = [split_answer(text, name)[0] for text in hh_chosen(name, data_class, data_dir)]
@@ -72,80 +80,92 @@ def read_prompts(name, data_class, data_dir):
     elif Path(name).suffix in (".jsonl", ".csv"):
         path = Path(name.replace("{data_class}", data_class))
     else:
-        raise InputError(f"eval_dataset {name}: expected {SOURCES}, found none of them")
+        raise InputError(f"eval_dataset {name}: unknown source; expected {SOURCES}")
     rows = read_rows(path, ["prompt"])
     ids = [str(row.get("id") or f"{path.stem}-{i}") for i, row in enumerate(rows)]
     if len(set(ids)) < len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
+        repeated = Counter(ids).most_common(1)[0][0]
         raise InputError(
-            f"{path}: expected a different id in every row, found {twice!r} twice; number them anew"
+            f"{path}: expected a different id in every row, found {repeated!r} more than once; "
+            "give every row an id of its own"
         )
     return [{"id": i, "query": dialogue(row["prompt"])} for i, row in zip(ids, rows, strict=True)]
 
 
-def read_examples(name, data_dir):
-    """[(prompt dialogue, completion text)] to fine-tune on."""
+def read_examples(name: str, data_dir: str | Path) -> list[tuple[str, str]]:
+    """Fine-tuning examples [(prompt dialogue, completion)].
+
+    Raises InputError when the source is unknown, unreadable or empty.
+    """
     hh = HH.fullmatch(name)
     if hh and not hh[2]:
         pairs = [split_answer(text, name) for text in hh_chosen(name, "train", data_dir)]
     elif hh:
-        rows = read_rows(
-            Path(data_dir) / f"synthetic_hhrlhf_{hh[1]}_expert_gpt4.csv", ["prompt", "completion"]
-        )
-        pairs = [(row["prompt"], row["completion"]) for row in rows]
+        path = Path(data_dir) / f"synthetic_hhrlhf_{hh[1]}_expert_gpt4.csv"
+        pairs = _read_pairs(path)
     elif Path(name).suffix in (".jsonl", ".csv"):
-        pairs = [
-            (row["prompt"], row["completion"])
-            for row in read_rows(Path(name), ["prompt", "completion"])
-        ]
+        pairs = _read_pairs(Path(name))
     else:
         raise InputError(
-            f"dataset {name}: expected hh-rlhf-helpful, hh-rlhf-harmless (each also with -gpt4) or a .jsonl / .csv "
-            "file with prompt and completion, found none of them"
+            f"dataset {name}: expected hh-rlhf-helpful, hh-rlhf-harmless (each also with -gpt4) "
+            "or a .jsonl / .csv file with prompt and completion"
         )
     return [(dialogue(prompt), completion) for prompt, completion in pairs]
 
 
-def split_answer(text, name):
-    """(dialogue up to and with the last "Assistant:", the answer)."""
-    head, found, answer = text.rpartition(ASSISTANT)
-    if not found:
+def _read_pairs(path):
+    rows = read_rows(path, ["prompt", "completion"])
+    return [(row["prompt"], row["completion"]) for row in rows]
+
+
+def split_answer(text: str, name: str) -> tuple[str, str]:
+    """The dialogue up to and including the last "Assistant:", and the answer after it.
+
+    `name` names the source in the InputError that a dialogue without an Assistant turn raises.
+    """
+    head, turn, answer = text.rpartition(ASSISTANT)
+    if not turn:
         raise InputError(
             f"{name}: expected an Assistant turn in every dialogue, found {text[:60]!r}"
         )
-    return head + found, answer
+    return head + turn, answer
 
 
-def hh_chosen(name, data_class, data_dir):
-    """Texts of the chosen dialogues."""
+def hh_chosen(name: str, data_class: str, data_dir: str | Path) -> Sequence[str]:
+    """Texts of the chosen dialogues of hh-rlhf, from a folder in `data_dir` or from the hub."""
     import datasets
 
     folder, task = Path(data_dir) / name, HH.fullmatch(name)[1]
     if folder.is_dir():
         with fetching(str(folder), "a data set saved with save_to_disk"):
-            found = datasets.load_from_disk(str(folder))
-        if isinstance(found, datasets.DatasetDict):
-            if data_class not in found:
+            table = datasets.load_from_disk(str(folder))
+        if isinstance(table, datasets.DatasetDict):
+            if data_class not in table:
                 raise InputError(
-                    f"{folder}: expected a split named {data_class}, found {', '.join(found)}"
+                    f"{folder}: expected a split named {data_class}, found {', '.join(table)}"
                 )
-            found = found[data_class]
+            table = table[data_class]
     else:
         with fetching(
             "Anthropic/hh-rlhf", f"the data set on the hub, or saved with save_to_disk in {folder}"
         ):
-            found = datasets.load_dataset(
+            table = datasets.load_dataset(
                 "Anthropic/hh-rlhf", data_dir=f"{task}-base", split=data_class
             )
-    if "chosen" not in found.column_names:
+    if "chosen" not in table.column_names:
         raise InputError(
-            f"{name}: expected a column named chosen, found {', '.join(found.column_names)}"
+            f"{name}: expected a column named chosen, found {', '.join(table.column_names)}"
         )
-    return found["chosen"]
+    return table["chosen"]
 
 
-def read_rows(path, needed):
-    """Rows of a .csv or .jsonl file as dicts of the `needed` columns under their first names, and id where present."""
+def read_rows(path: Path, needed: list[str]) -> list[dict]:
+    """Rows of a .csv or .jsonl file, each {"id", *needed}.
+
+    A `needed` column may have any of its names in COLUMNS, and is returned under the first. "id"
+    is None where the file has no such column. Raises InputError, naming file and line, when the
+    file is absent or empty, is not UTF-8, or lacks the text of a needed column.
+    """
     if not path.is_file():
         raise InputError(
             f"{path} not found; expected a file with the columns {' and '.join(needed)}"
@@ -153,24 +173,26 @@ def read_rows(path, needed):
     rows = []
     try:
         for number, row in _numbered_rows(path):
-            made = {"id": row.get("id")}
+            texts = {"id": row.get("id")}
             for column in needed:
                 values = [row[name] for name in COLUMNS[column] if isinstance(row.get(name), str)]
                 if not values:
                     raise InputError(
-                        f"{path} line {number}: expected text under {' or '.join(COLUMNS[column])}, found the columns "
+                        f"{path} line {number}: expected text under "
+                        f"{' or '.join(COLUMNS[column])}, found the columns "
                         f"{', '.join(map(str, row))}"
                     )
-                made[column] = values[0]
-            rows.append(made)
+                texts[column] = values[0]
+            rows.append(texts)
     except UnicodeDecodeError:
-        raise InputError(f"{path}: expected text in UTF-8, found bytes that are not") from None
+        raise InputError(f"{path}: expected text in UTF-8, found other bytes") from None
     if not rows:
-        raise InputError(f"{path}: expected at least one row, found none")
+        raise InputError(f"{path}: no rows")
     return rows
 
 
 def _numbered_rows(path):
+    """Yield (line number, row as a dict); a row of a .csv file counts as one line."""
     with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
         if path.suffix == ".csv":
             csv.field_size_limit(sys.maxsize)
@@ -183,6 +205,6 @@ def _numbered_rows(path):
                 row = None
             if not isinstance(row, dict):
                 raise InputError(
-                    f"{path} line {number}: expected one JSON object a line, found {line[:60]!r}"
+                    f"{path} line {number}: expected one JSON object per line, found {line[:60]!r}"
                 )
             yield number, row

@@ -119,7 +119,7 @@ def test_preflight_compares_the_weights_with_the_memory():
 
 def test_preflight_names_missing_packages(tiny, monkeypatch):
     monkeypatch.setattr(preflight, "PACKAGES", ("transformers", "no-such-package"))
-    with pytest.raises(InputError, match="found none of no-such-package; pip install"):
+    with pytest.raises(InputError, match="missing packages: no-such-package; pip install"):
         preflight.check({}, "", "", "", "none", {}, None, tiny)
 
 

@@ -1,31 +1,43 @@
-"""What steps 1 to 4 need, checked before the first of them: packages, models, prompts, memory, disk."""
+"""Checks before step 1 of what steps 1 to 4 need: packages, models, prompts, memory and disk."""
 
 import importlib.metadata
 import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from rewardlib.errors import InputError
 from rewardlib.llm import loading, prompts
 
 PACKAGES = ("transformers", "peft", "trl", "datasets", "accelerate")
-TEXT_BYTES = 1000
+TEXT_BYTES = 1000  # estimate of the text of one response
+HIDDEN_SIZE = 2048  # assumed of an embedder whose configuration does not tell
 WEIGHTS = (".safetensors", ".bin")
 
 
-def check(models, dataset, eval_dataset, data_dir, adapter_name, n_responses, max_prompts, folder):
-    """Print what the run will take; raise one InputError that names everything that is missing.
+def check(
+    models: dict[str, str],
+    dataset: str,
+    eval_dataset: str,
+    data_dir: str,
+    adapter_name: str,
+    n_responses: dict[str, int],
+    max_prompts: int | None,
+    folder: str | Path,
+) -> None:
+    """Print the size of the run; raise one InputError that names everything that is missing.
 
-    models: {role: name} of generator, reward and embedder; n_responses: {"train": K, "test": K};
-    max_prompts: or None.
+    models: names by role, "generator", "reward" and "embedder". n_responses: K of the splits
+    "train" and "test". max_prompts: prompts per split; None: all. folder: on the disk to write to.
     """
     missing = [name for name in PACKAGES if not _is_installed(name)]
     if missing:
         raise InputError(
-            f"expected the packages {', '.join(PACKAGES)}, found none of {', '.join(missing)}; "
+            f"missing packages: {', '.join(missing)}; "
             'pip install -c constraints.txt -e ".[llm]" (on a GPU: ".[gpu]")'
         )
-    problems, weights, cached, hidden = [], {}, {}, 2048
+    problems, weights, cached, hidden = [], {}, {}, HIDDEN_SIZE
     for role, name in models.items():
         try:
             weights[role], cached[role], size = _model(name)
@@ -37,19 +49,21 @@ def check(models, dataset, eval_dataset, data_dir, adapter_name, n_responses, ma
         if adapter_name == "sft":
             prompts.read_examples(dataset, data_dir)
         for split in n_responses:
-            found = len(prompts.read_prompts(eval_dataset, split, data_dir))
-            n_prompts[split] = min(found, max_prompts or found)
+            available = len(prompts.read_prompts(eval_dataset, split, data_dir))
+            n_prompts[split] = min(available, max_prompts or available)
     except InputError as error:
         problems.append(str(error))
     problems += _memory(models, weights)
     rows = sum(n * n_responses[split] for split, n in n_prompts.items())
+    # per response a float32 embedding, and its text in several files; weights not yet downloaded
     needed = rows * (4 * hidden + 4 * TEXT_BYTES) + sum(
         size for role, size in weights.items() if not cached[role]
     )
     free = shutil.disk_usage(folder).free
     if needed > free:
         problems.append(
-            f"disk: expected {needed / 1e9:.1f} GB free for {rows} responses, found {free / 1e9:.1f} GB"
+            f"disk: expected {needed / 1e9:.1f} GB of free space for {rows} responses, "
+            f"found {free / 1e9:.1f} GB"
         )
     if problems:
         raise InputError("before the first step: " + "; and ".join(problems))
@@ -57,7 +71,7 @@ def check(models, dataset, eval_dataset, data_dir, adapter_name, n_responses, ma
         f"{n_responses[split]} responses to each of {n} {split} prompts"
         for split, n in n_prompts.items()
     )
-    print(f"steps 1 to 4 on {_place()}: {sizes}; about {needed / 1e9:.2f} GB of disk")
+    print(f"steps 1 to 4 on {_device_name()}: {sizes}; about {needed / 1e9:.2f} GB of disk")
 
 
 def _is_installed(name):
@@ -69,7 +83,10 @@ def _is_installed(name):
 
 
 def _model(name):
-    """(bytes of the weights, whether they are on this machine, hidden size) of a model; InputError without access."""
+    """(bytes of the weights, whether they are on this machine, hidden size or None) of a model.
+
+    InputError when the model is absent or access to it is refused.
+    """
     from transformers import AutoConfig
 
     full = loading.full_name(name)
@@ -77,58 +94,49 @@ def _model(name):
         config = AutoConfig.from_pretrained(full)
         hidden = getattr(config.get_text_config(), "hidden_size", None)
         if Path(full).is_dir():
-            return (
-                _weight_bytes((path.name, path.stat().st_size) for path in Path(full).iterdir()),
-                True,
-                hidden,
-            )
+            return _weight_bytes(_sizes_in(Path(full))), True, hidden
         import huggingface_hub
 
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             folder = Path(huggingface_hub.snapshot_download(full, local_files_only=True))
-            return (
-                _weight_bytes((path.name, path.stat().st_size) for path in folder.iterdir()),
-                True,
-                hidden,
-            )
-        told = huggingface_hub.HfApi().model_info(full, files_metadata=True).siblings
-        files = [(one.rfilename, one.size or 0) for one in told]
-        here = [
-            huggingface_hub.try_to_load_from_cache(full, n) for n, _ in files if n.endswith(WEIGHTS)
+            return _weight_bytes(_sizes_in(folder)), True, hidden
+        siblings = huggingface_hub.HfApi().model_info(full, files_metadata=True).siblings
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in siblings}
+        cached_paths = [
+            huggingface_hub.try_to_load_from_cache(full, file)
+            for file in sizes
+            if file.endswith(WEIGHTS)
         ]
-        return _weight_bytes(files), all(isinstance(path, str) for path in here), hidden
+        # try_to_load_from_cache returns a path, None, or a marker for a file known to be absent
+        return _weight_bytes(sizes), all(isinstance(path, str) for path in cached_paths), hidden
 
 
-def _weight_bytes(files):
-    """Bytes of the safetensors files, or of the .bin files where there are none of the former."""
-    files = list(files)
-    return next(
-        filter(None, (sum(size for name, size in files if name.endswith(end)) for end in WEIGHTS)),
-        0,
-    )
+def _sizes_in(folder):
+    return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+def _weight_bytes(sizes):
+    """Bytes of the safetensors files, or of the .bin files where there are no safetensors files."""
+    totals = (sum(n for name, n in sizes.items() if name.endswith(end)) for end in WEIGHTS)
+    return next(filter(None, totals), 0)
 
 
 def _memory(models, weights):
-    """A line for each model whose weights alone, with a fifth for the work, exceed the memory."""
-    import torch
-
+    """A line for each model whose weights, and a fifth more for activations, exceed the memory."""
     if torch.cuda.is_available():
         total, kind = torch.cuda.mem_get_info()[1] * torch.cuda.device_count(), "GPU memory"
     else:
-        total, kind = (
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            "memory (no GPU was found)",
-        )
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        kind = "memory (no GPU was found)"
     return [
-        f"{role} {models[role]}: expected {1.2 * size / 1e9:.1f} GB of {kind}, found {total / 1e9:.1f} GB"
+        f"{role} {models[role]}: expected {1.2 * size / 1e9:.1f} GB of {kind}, "
+        f"found {total / 1e9:.1f} GB"
         for role, size in weights.items()
         if 1.2 * size > total
     ]
 
 
-def _place():
-    import torch
-
-    return (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU (no GPU was found)"
-    )
+def _device_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "the CPU (no GPU was found)"

@@ -1,1 +1,1 @@
-"""Speed and memory against a plain reference, one command each."""
+"""Speed, memory and ranking beside a plain reference; one command for each benchmark."""

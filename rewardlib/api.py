@@ -17,7 +17,7 @@ import numpy as np
 from rewardlib import artifacts, seeds
 from rewardlib.data import embeddings, pairs, published, splits
 from rewardlib.errors import InputError
-from rewardlib.llm import responses
+from rewardlib.llm.names import label
 from rewardlib.measures import ranking
 
 ROOT_ENV, USUAL_ROOT = "EMBD_REPO_DIR", Path("embd/RM-Embeddings")
@@ -224,7 +224,7 @@ def _recorded_names(folder, split):
     }
     if not all(arguments.get(name) for name in argument_of.values()):
         return None
-    fields = {field: responses.label(arguments[name]) for field, name in argument_of.items()}
+    fields = {field: label(arguments[name]) for field, name in argument_of.items()}
     embedding, (reward,) = published.FORMATS[1]
     return embedding.format(**fields, split=split), reward.format(**fields, split=split)
 

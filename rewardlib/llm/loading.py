@@ -11,15 +11,8 @@ import torch
 
 from rewardlib import artifacts
 from rewardlib.errors import InputError
+from rewardlib.llm.names import full_name
 
-NAMES = {
-    "gemma2b": "google/gemma-2b",
-    "gemma7b": "google/gemma-7b",
-    "llama38b": "meta-llama/Meta-Llama-3-8B",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
-    "rmmistral7b": "weqweasdas/RM-Mistral-7B",
-    "rayharmless": "Ray2333/gpt2-large-harmless-reward_model",
-}
 REWARD_MODELS = {"helpful": "rmmistral7b", "harmless": "rayharmless"}
 SAMPLE_BYTES = 1 << 20
 
@@ -67,11 +60,6 @@ def _is_out_of_memory(error):
         or "free memory on device" in text
         or "memory for the cache blocks" in text
     )
-
-
-def full_name(name: str) -> str:
-    """Hugging Face id of a short name in NAMES; any other name is returned as given."""
-    return NAMES.get(name, name)
 
 
 def fingerprint(name: str) -> dict:

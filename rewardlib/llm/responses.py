@@ -18,7 +18,6 @@ responses to its prompt; 1 is the highest reward, and equal rewards rank in gene
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,25 +25,10 @@ import numpy as np
 
 from rewardlib import artifacts
 from rewardlib.errors import InputError
-from rewardlib.llm.loading import NAMES
+from rewardlib.llm.names import label
 from rewardlib.llm.prompts import cut
 
 PARTS = 5
-
-
-def label(name: str) -> str:
-    """Short form of a model, data set or path for file names.
-
-    A path gets a digest of its full path, since folders of the same name may hold different models.
-    """
-    if name in NAMES:
-        return {"llama3-8b": "llama38b"}.get(name, name)
-    path = Path(name)
-    is_data_file = path.suffix in (".jsonl", ".csv")
-    plain = re.sub(r"[^\w.+-]+", "-", path.stem if is_data_file else path.name)
-    if path.exists() or is_data_file:
-        return f"{plain}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:6]}"
-    return re.sub(r"[^\w.+-]+", "-", name)
 
 
 def adapter_folder(sft_dir: str | Path, model: str, dataset: str) -> Path:

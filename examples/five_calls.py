@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Five calls: load, annotate, fit, predict, measure
 #
-# Which reward model ranks answers better, Bradley-Terry or a classifier, and from which pairs? The data are made here,
-# in a temporary folder, with a reward that is known: a function of the embedding, an offset of the prompt, and noise.
-# For data of your own leave that cell out and set `EMBD_REPO_DIR`; docs/api.md has every argument.
+# Which reward model ranks responses better, Bradley-Terry or a classifier, and which pairs should
+# it learn from? The data are made here, in a temporary folder, so that their reward is known: a
+# function of the embedding, plus an offset of the prompt, plus noise. For data of your own leave
+# that cell out and set `EMBD_REPO_DIR`; docs/api.md explains every argument.
 #
-# The cells run as a script too: `python examples/five_calls.py`, in seconds.
+# The cells also run as a script, in seconds: `python examples/five_calls.py`.
 
 # %%
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-# a script finds the library beside its folder; a notebook is run from the repository, or finds it installed
+# A script finds the library in the folder above its own. A notebook has no __file__: run it in the
+# repository, or install the library.
 sys.path.insert(
     0, str(Path(globals().get("__file__", "examples/five_calls.py")).resolve().parents[1])
 )
@@ -23,20 +25,22 @@ from rewardlib import BT_MLP, CLF_MLP, calc_bon, calc_spearmanr, load_embd_data,
 from rewardlib.measures import ranking
 
 # %% [markdown]
-# ## Data whose reward is known, as published files
-# `embd_{gen}_{embed}_{task}_{split}.npy` (N, K, D) and `reward_...` (N, K, 1).
+# ## Data whose reward is known, in a published format
+# `embd_{gen}_{embed}_{task}_{split}.npy` (N, K, D) and `reward_...` (N, K, 1): K responses to each
+# of N prompts, D dimensions.
 
 
 # %%
 def write_data(folder, n_prompts, n_responses, split, rng, n_dimensions=32):
-    """Half of the reward's variance is an offset of the prompt and noise, which no embedding shows."""
-    prompt = rng.standard_normal((n_prompts, 1, n_dimensions))
-    embeddings = prompt + rng.standard_normal((n_prompts, n_responses, n_dimensions))
+    """Write embeddings and rewards; half of the rewards' variance no embedding can explain.
+
+    That half is the offset of the prompt and the noise, in equal shares.
+    """
+    prompts = rng.standard_normal((n_prompts, 1, n_dimensions))
+    embeddings = prompts + rng.standard_normal((n_prompts, n_responses, n_dimensions))
     signal = np.tanh(embeddings[:, :, 0] + embeddings[:, :, 1]) + 0.5 * embeddings[:, :, 2]
-    offset, noise = (
-        rng.standard_normal((n_prompts, 1)),
-        rng.standard_normal((n_prompts, n_responses)),
-    )
+    offset = rng.standard_normal((n_prompts, 1))
+    noise = rng.standard_normal((n_prompts, n_responses))
     rewards = signal + signal.std() * (offset + noise) / np.sqrt(2)
     name = f"Gemma2b-sft_Gemma2b_Harmless_{split}.npy"
     np.save(folder / f"embd_{name}", embeddings.astype(np.float16))
@@ -49,7 +53,8 @@ write_data(Path(temporary.name), 400, 10, "train", rng)
 write_data(Path(temporary.name), 200, 50, "test", rng)
 
 # %% [markdown]
-# ## 1. Load: memory-mapped, nothing is read yet
+# ## 1. Load
+# The arrays are memory-mapped: nothing is read until it is used.
 
 # %%
 names = {
@@ -63,7 +68,8 @@ test_embeddings, test_rewards = load_embd_data(**names, split="test")
 
 # %% [markdown]
 # ## 2. to 5. Annotate, fit, predict, measure
-# Every row has the same number of labels. `groups` keeps the pairs of a prompt together where an epoch is chosen.
+# Every row of the table has the same number of labels. `groups` keeps all pairs of a prompt on one
+# side when pairs are held out to choose the best epoch.
 
 # %%
 print()
@@ -73,41 +79,40 @@ for strategy in ("random", "diverse", "similar", "cross_prompt"):
         train_embeddings, train_rewards, annotation_quality=3, pair_strategy=strategy, rng=1
     )
     comparisons, labels = annotated  # (M, 2, D), (M,)
+    label_error = annotated.pairs.label_error
     for reward_model in (BT_MLP(hidden=(128, 64), epochs=4), CLF_MLP(hidden=(128, 64), epochs=4)):
         reward_model.fit(comparisons, labels, groups=annotated.groups)
         predictions = reward_model.predict(test_embeddings)  # (N, K, 1)
-        rho, bon = (
-            calc_spearmanr(predictions, test_rewards),
-            calc_bon(predictions, test_rewards, N=10),
-        )
-        results.append(
-            (strategy, type(reward_model).__name__, annotated.pairs.label_error, rho, bon)
-        )
+        rho = calc_spearmanr(predictions, test_rewards)
+        best_of_10 = calc_bon(predictions, test_rewards, N=10)
+        results.append((strategy, type(reward_model).__name__, label_error, rho, best_of_10))
 
 # %% [markdown]
-# ## The table, with what no model can beat and what any should
+# ## The table
+# Every model should beat the random scorer; none can beat the oracle, which scores by the reward.
 
 # %%
 chance = np.random.default_rng(2).random(test_rewards.shape)
 for name, scores in (("random scorer", chance), ("oracle", test_rewards)):
-    results.append(
-        ("-", name, 0.0, calc_spearmanr(scores, test_rewards), calc_bon(scores, test_rewards, N=10))
-    )
+    rho = calc_spearmanr(scores, test_rewards)
+    results.append(("-", name, 0.0, rho, calc_bon(scores, test_rewards, N=10)))
 print("\npairs         reward model   label error  Spearman  best of 10")
-for strategy, name, error, rho, bon in results:
-    print(f"{strategy:12s}  {name:13s}  {error:11.3f}  {rho:8.3f}  {bon:10.3f}")
+for strategy, name, label_error, rho, best_of_10 in results:
+    print(f"{strategy:12s}  {name:13s}  {label_error:11.3f}  {rho:8.3f}  {best_of_10:10.3f}")
 
 # %% [markdown]
 # ## Why a classifier's logit is a reward
-# A pair that it orders wrongly holds a response that it classes wrongly. So the order error is at most the sum of the
-# two classification errors; see docs/api.md for what that says, and what it does not.
+# Every pair that a classifier orders wrongly contains a response that it classifies wrongly. So the
+# order error is at most the sum of the two classification errors; docs/api.md explains what this
+# bound says, and what it does not say.
 
 # %%
 index, better = pair_annotate(
     test_embeddings, test_rewards, -1, pair_strategy="diverse", return_index=True
 )
-found = ranking.order_consistency(predictions.reshape(-1)[index], better)
+errors = ranking.order_consistency(predictions.reshape(-1)[index], better)
 print(
-    f"order error {found['order_error']:.3f} <= bound {found['bound']:.3f} on diverse pairs of the test prompts"
+    f"order error {errors['order_error']:.3f} <= bound {errors['bound']:.3f} "
+    "on diverse pairs of the test prompts"
 )
 temporary.cleanup()

@@ -11,7 +11,7 @@ from rewardlib.errors import InputError
 from rewardlib.llm import loading, prompts
 
 PACKAGES = ("transformers", "peft", "trl", "datasets", "accelerate")
-TEXT_BYTES = 1000  # estimate of the text of one response
+TEXT_BYTES = 1000  # estimate of the text of one response, which several files repeat
 HIDDEN_SIZE = 2048  # assumed of an embedder whose configuration does not tell
 WEIGHTS = (".safetensors", ".bin")
 
@@ -53,12 +53,9 @@ def check(
             n_prompts[split] = min(available, max_prompts or available)
     except InputError as error:
         problems.append(str(error))
-    problems += _memory(models, weights)
     rows = sum(n * n_responses[split] for split, n in n_prompts.items())
-    # per response a float32 embedding, and its text in several files; weights not yet downloaded
-    needed = rows * (4 * hidden + 4 * TEXT_BYTES) + sum(
-        size for role, size in weights.items() if not cached[role]
-    )
+    problems += _memory(models, weights)
+    needed = _disk_bytes(rows, hidden, weights, cached)
     free = shutil.disk_usage(folder).free
     if needed > free:
         problems.append(
@@ -119,6 +116,12 @@ def _weight_bytes(sizes):
     """Bytes of the safetensors files, or of the .bin files where there are no safetensors files."""
     totals = (sum(n for name, n in sizes.items() if name.endswith(end)) for end in WEIGHTS)
     return next(filter(None, totals), 0)
+
+
+def _disk_bytes(rows, hidden, weights, cached):
+    """Bytes of `rows` responses, each a float32 embedding and texts, and of weights to download."""
+    downloads = sum(size for role, size in weights.items() if not cached[role])
+    return rows * (4 * hidden + 4 * TEXT_BYTES) + downloads
 
 
 def _memory(models, weights):

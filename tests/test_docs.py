@@ -1,4 +1,4 @@
-"""docs/ and examples/: every block of code runs as it stands, and the pages name what is there."""
+"""docs/ and examples/: every code block runs as it stands; names and links exist."""
 
 import os
 import re
@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page):
-    """[(language, first line, text)] of the fenced blocks."""
+    """Fenced blocks of a page: [(language, number of the first line, text)]."""
     text = page.read_text(encoding="utf-8")
     return [
         (match[1], text.count("\n", 0, match.start(2)), match[2]) for match in BLOCK.finditer(text)
@@ -29,10 +29,10 @@ def blocks(page):
 def test_the_blocks_of_the_page_run_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EMBD_REPO_DIR", "")
     monkeypatch.chdir(tmp_path)
-    found = blocks(page)
-    assert len(found) > 8 and {language for language, _, _ in found} == {"python"}
+    page_blocks = blocks(page)
+    assert len(page_blocks) > 8 and {language for language, _, _ in page_blocks} == {"python"}
     names = {"__name__": page.name}
-    for _, line, text in found:
+    for _, line, text in page_blocks:
         exec(compile("\n" * line + text, str(page), "exec"), names)
     assert re.search(
         r"best of 500: \d\.\d\d of \d\.\d\d; Spearman 0\.\d\d", capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_the_example_runs_from_anywhere(tmp_path):
 
 
 def test_the_example_opens_as_a_notebook():
-    """Cells in percent format: markdown cells hold comments alone, and every line is in some cell."""
+    """Percent format: markdown cells hold nothing but comments, and every line is in a cell."""
     text = (ROOT / "examples" / "five_calls.py").read_text(encoding="utf-8")
     cells = re.split(r"^# %%", text, flags=re.MULTILINE)
     assert cells[0] == "" and len(cells) > 8

@@ -1,4 +1,4 @@
-"""run_all.sh from prompts to a validated student with tiny models: a whole run, a rerun, kills, what is missing."""
+"""run_all.sh from prompts to a validated student, with tiny models: reruns, kills, preflight."""
 
 import json
 import os
@@ -21,10 +21,10 @@ RESULTS = ("EMBD-*.npy", "rewards_*.json")
 
 
 def environment(tiny, out, **settings):
-    kept = {
+    inherited = {
         name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
     }
-    chosen = {
+    variables = {
         "RUN_GPU_STEPS": 1,
         "MODEL_NAME": tiny / "language",
         "REWARD_MODEL": tiny / "reward",
@@ -45,7 +45,7 @@ def environment(tiny, out, **settings):
         **settings,
     }
     fixed = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return {**kept, **fixed, **{key: str(value) for key, value in chosen.items()}}
+    return {**inherited, **fixed, **{key: str(value) for key, value in variables.items()}}
 
 
 def run_all(tiny, out, **settings):
@@ -93,7 +93,7 @@ def test_killed_in_steps_2_and_4_and_run_again(tiny, done, tmp_path):
 
 
 def kill_at(tiny, out, pattern, **settings):
-    """Start run_all.sh and kill all of it when a file of that name is there."""
+    """Start run_all.sh and kill all its processes once a file that matches `pattern` exists."""
     running = subprocess.Popen(
         ["bash", str(ROOT / "run_all.sh")],
         cwd=out,

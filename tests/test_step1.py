@@ -1,4 +1,4 @@
-"""step1_sft.py and its sources: the completion mask, the counts, resuming, and what is refused."""
+"""step1_sft.py and its data: completion mask, counts, resuming, refusals."""
 
 import json
 import subprocess
@@ -82,15 +82,16 @@ def test_trainer_sees_the_mask(tiny, tmp_path):
     rows, _ = step1_sft.encode_rows(tokenizer, examples, 64)
     trainer, _ = step1_sft.train(args, tokenizer, rows, tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
-    found = {tuple(label for label in row if label != -100) for row in batch["labels"].tolist()}
-    assert found == {tuple(label for label in row["labels"] if label != -100) for row in rows}
+    trained = {tuple(label for label in row if label != -100) for row in batch["labels"].tolist()}
+    assert trained == {tuple(label for label in row["labels"] if label != -100) for row in rows}
 
 
 def test_learns_skips_and_resumes_to_the_same_adapter(tiny, tmp_path, capsys, monkeypatch):
-    whole = sft(tiny, tmp_path / "whole")
-    assert (whole / "adapter" / "tokenizer.json").exists() and not (whole / "checkpoints").exists()
+    uninterrupted = sft(tiny, tmp_path / "uninterrupted")
+    assert (uninterrupted / "adapter" / "tokenizer.json").exists()
+    assert not (uninterrupted / "checkpoints").exists()
     assert "32 of 32 rows" in capsys.readouterr().out
-    sft(tiny, tmp_path / "whole")
+    sft(tiny, tmp_path / "uninterrupted")
     assert "already done" in capsys.readouterr().out
 
     publish = step1_sft.publish
@@ -103,7 +104,7 @@ def test_learns_skips_and_resumes_to_the_same_adapter(tiny, tmp_path, capsys, mo
         tmp_path / "cut", str(tiny / "language"), str(tiny / "sft.jsonl")
     )
     assert artifacts.read_manifest(cut) == {}
-    # the newest checkpoint was cut off while it was written, so the one before it counts
+    # as if the newest checkpoint was not written to its end: training resumes from the one before
     newest = max(
         (cut / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
     )
@@ -112,7 +113,7 @@ def test_learns_skips_and_resumes_to_the_same_adapter(tiny, tmp_path, capsys, mo
     sft(tiny, tmp_path / "cut", "--save_steps", "2")
     assert "going on from" in capsys.readouterr().out
     names = ("adapter_model.safetensors",)
-    assert [(whole / "adapter" / n).read_bytes() for n in names] == [
+    assert [(uninterrupted / "adapter" / n).read_bytes() for n in names] == [
         (cut / "adapter" / n).read_bytes() for n in names
     ]
 
@@ -121,8 +122,8 @@ def test_sources(tmp_path):
     (tmp_path / "synthetic_hhrlhf_helpful_expert_gpt4.csv").write_text(
         'query,response\n"\n\nHuman: hi\n\nAssistant:","first line\nsecond, line"\nplain,answer\n'
     )
-    found = prompts.read_examples("hh-rlhf-helpful-gpt4", tmp_path)
-    assert found == [
+    examples = prompts.read_examples("hh-rlhf-helpful-gpt4", tmp_path)
+    assert examples == [
         ("\n\nHuman: hi\n\nAssistant:", "first line\nsecond, line"),
         ("\n\nHuman: plain\n\nAssistant:", "answer"),
     ]
@@ -133,11 +134,11 @@ def test_sources(tmp_path):
     )
     both.save_to_disk(tmp_path / "hh-rlhf-harmless")
     assert prompts.read_examples("hh-rlhf-harmless", tmp_path) == [(talk.removesuffix(" d"), " d")]
-    read = prompts.read_prompts("hh-rlhf-harmless", "test", tmp_path)
-    assert read == [{"id": "hh-rlhf-harmless-test-0", "query": talk.removesuffix(" d")}]
+    queries = prompts.read_prompts("hh-rlhf-harmless", "test", tmp_path)
+    assert queries == [{"id": "hh-rlhf-harmless-test-0", "query": talk.removesuffix(" d")}]
     (tmp_path / "ultrafeedback_test.csv").write_text("id,prompt\nu7,why?\n")
-    read = prompts.read_prompts("ultrafeedback", "test", tmp_path)
-    assert read == [{"id": "u7", "query": "\n\nHuman: why?\n\nAssistant:"}]
+    queries = prompts.read_prompts("ultrafeedback", "test", tmp_path)
+    assert queries == [{"id": "u7", "query": "\n\nHuman: why?\n\nAssistant:"}]
     assert prompts.messages(talk.removesuffix(" d"), " d") == [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -168,12 +169,12 @@ def test_bad_sources(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="dataset nonsense: expected hh-rlhf-helpful"):
         prompts.read_examples("nonsense", tmp_path)
 
-    def broken_off(*args, **kwargs):
+    def broken_connection(*args, **kwargs):
         raise ConnectionError(
             "peer closed connection without sending complete message body\nreceived 3 of 9"
         )
 
-    monkeypatch.setattr(datasets, "load_dataset", broken_off)
+    monkeypatch.setattr(datasets, "load_dataset", broken_connection)
     with pytest.raises(
         InputError,
         match=r"Anthropic/hh-rlhf: expected .* peer closed .* \(the same command resumes a",

@@ -1,4 +1,4 @@
-"""step2_gen_sample.py: texts that depend on their own prompt alone, stable ids, dropped prompts, both backends."""
+"""step2_gen_sample.py: responses depend on their prompt alone; ids, dropped prompts, backends."""
 
 import itertools
 import json
@@ -58,26 +58,29 @@ def rows_of(folder, data_class="train"):
 
 
 @pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    return generate(tiny, tmp_path_factory.mktemp("made"))
+def generated(tiny, tmp_path_factory):
+    return generate(tiny, tmp_path_factory.mktemp("generated"))
 
 
-def test_ids_survive_dropped_prompts(tiny, made):
-    rows = rows_of(made)
-    given = [json.loads(line) for line in (tiny / "prompts_train.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in rows] == [row["id"] for row in given if row["id"] != "train-long"]
-    queries = {row["id"]: f"\n\nHuman: {row['prompt']}\n\nAssistant:" for row in given}
+def test_ids_survive_dropped_prompts(tiny, generated):
+    rows = rows_of(generated)
+    prompts = [json.loads(line) for line in (tiny / "prompts_train.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [
+        row["id"] for row in prompts if row["id"] != "train-long"
+    ]
+    queries = {row["id"]: f"\n\nHuman: {row['prompt']}\n\nAssistant:" for row in prompts}
     assert all(row["query"] == queries[row["id"]] and len(row["responses"]) == 3 for row in rows)
-    about = artifacts.read_json(responses.part_folder(made, "train", 0) / "prompts.json", "step 2")
+    about = artifacts.read_json(
+        responses.part_folder(generated, "train", 0) / "prompts.json", "step 2"
+    )
     assert (about["n_read"], about["n_kept"]) == (13, 12)
-    assert [one["id"] for one in about["dropped"]] == ["train-long"] and about["dropped"][0][
-        "tokens"
-    ] > 450
+    [dropped] = about["dropped"]
+    assert dropped["id"] == "train-long" and dropped["tokens"] > 450
 
 
-def test_text_depends_on_its_prompt_alone(tiny, made, tmp_path):
-    """Fewer prompts, another order, other numbers of rows per part: the same text for each id."""
-    reference = {row["id"]: row["responses"] for row in rows_of(made)}
+def test_text_depends_on_its_prompt_alone(tiny, generated, tmp_path):
+    """Fewer prompts in another order and other parts give the same responses to each prompt."""
+    reference = {row["id"]: row["responses"] for row in rows_of(generated)}
     assert len({text for texts in reference.values() for text in texts}) > 30
     lines = (tiny / "prompts_train.jsonl").read_text().splitlines()
     for name in ("language", "prompts_test.jsonl"):
@@ -94,9 +97,9 @@ def test_text_depends_on_its_prompt_alone(tiny, made, tmp_path):
 
 
 def test_seeds_are_spaced():
-    found = sorted(step2_gen_sample.prompt_seed(6, f"train-{i}") for i in range(2000))
-    assert min(b - a for a, b in itertools.pairwise(found)) >= 65536
-    assert found[0] >= 0 and found[-1] + 65536 < 2**63
+    prompt_seeds = sorted(step2_gen_sample.prompt_seed(6, f"train-{i}") for i in range(2000))
+    assert min(b - a for a, b in itertools.pairwise(prompt_seeds)) >= 65536
+    assert prompt_seeds[0] >= 0 and prompt_seeds[-1] + 65536 < 2**63
 
 
 def test_skips_then_replaces_when_settings_change(tiny, tmp_path, capsys):
@@ -110,13 +113,13 @@ def test_skips_then_replaces_when_settings_change(tiny, tmp_path, capsys):
     assert rows_of(folder) != before
 
 
-def test_parts_by_hand_equal_all(tiny, made, tmp_path):
+def test_parts_by_hand_equal_all(tiny, generated, tmp_path):
     for part in "30412":
         folder = generate(tiny, tmp_path, "--split", part)
-    assert rows_of(folder) == rows_of(made)
+    assert rows_of(folder) == rows_of(generated)
 
 
-def test_killed_and_run_again(tiny, made, tmp_path):
+def test_killed_and_run_again(tiny, generated, tmp_path):
     command = [sys.executable, "step2_gen_sample.py", *flags_of(tiny, tmp_path)]
     running = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -130,17 +133,17 @@ def test_killed_and_run_again(tiny, made, tmp_path):
         time.sleep(0.01)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
-    assert rows_of(generate(tiny, tmp_path)) == rows_of(made)
+    assert rows_of(generate(tiny, tmp_path)) == rows_of(generated)
 
 
 def test_settings_of_the_checkpoint_do_not_mix_in(tiny):
-    """A generation_config.json with top_k 1 would make sampling greedy."""
+    """With top_k 1 from generation_config.json, sampling would be greedy."""
     tokenizer = loading.load_tokenizer(str(tiny / "language"))
     model = loading.load_model("causal", str(tiny / "language"))
     model.generation_config = transformers.GenerationConfig(do_sample=True, top_k=1)
     ids = sampling.encode(tokenizer, "\n\nHuman: a\n\nAssistant:")
-    made = sampling.sample(model, tokenizer, ids, 3, 4, 8, 1.0, 1.0)
-    assert len({tuple(one) for one in made}) == 4
+    sampled = sampling.sample(model, tokenizer, ids, 3, 4, 8, 1.0, 1.0)
+    assert len({tuple(ids) for ids in sampled}) == 4
     greedy = sampling.sample(model, tokenizer, ids, 3, 1, 8, 0.0, 1.0)
     assert greedy == sampling.sample(model, tokenizer, ids, 4, 1, 8, 0.0, 1.0)
 
@@ -190,11 +193,11 @@ def test_vllm_missing_is_named(monkeypatch):
     assert step2_gen_sample.choose_backend("auto") == "transformers"
 
 
-def test_adapter_changes_the_text(tiny, made, tmp_path):
+def test_adapter_changes_the_text(tiny, generated, tmp_path):
     pytest.importorskip("peft", reason="adapters need the extra [llm]")
     adapter = tiny_models.make_adapter(tmp_path / "adapter", tiny / "language")
     tuned = rows_of(generate(tiny, tmp_path / "out", "--adapter_name", str(adapter)))
-    plain = rows_of(made)
+    plain = rows_of(generated)
     assert [row["id"] for row in tuned] == [row["id"] for row in plain]
     assert sum(a["responses"] != b["responses"] for a, b in zip(tuned, plain, strict=True)) > 10
 

@@ -1,4 +1,4 @@
-"""step3_reward_annotation.py: every response gets its own reward, of the text that is kept, whatever the padding."""
+"""step3_reward_annotation.py: every response has its own text's reward, whatever the padding."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def read(gen, reward_model, name="rewards"):
 
 
 def alone(reward_model, texts):
-    """The library's own reward of each text, one at a time and without padding."""
+    """The reward that transformers gives each text alone, without padding."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(reward_model)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def test_text_is_cut_at_the_next_turn(tmp_path, reward_model):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad_id", [1, 2])
 def test_padding_does_not_change_a_reward(reward_model, side, pad_id):
-    """Also when the pad id (1: the end token) closes the text itself."""
+    """Also with pad id 1, the end token, which every text here ends with."""
     tokenizer = loading.load_tokenizer(reward_model)
     model = loading.load_model("reward", reward_model)
     ids = [

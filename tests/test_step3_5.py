@@ -1,4 +1,4 @@
-"""step3.5_processing_data.py: one record a response in generation order; what does not belong together is refused."""
+"""step3.5_processing_data.py: a record per response in generation order; refused mismatches."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def join(gen, *flags):
 
 
 def change(path, edit):
-    """Change a JSONL file and tell its manifest, as if that had been the work of the step."""
+    """Change a JSONL file and its manifest entry, as if the step had written the changed file."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     artifacts.write_jsonl(path, edit(rows))
     manifest = artifacts.read_manifest(path.parent)
@@ -111,7 +111,7 @@ def test_k_must_match(gen, tmp_path):
 
 
 def test_shuffled_responses_are_found(gen):
-    """Responses of a prompt in another order than the one in which they were scored."""
+    """The responses to a prompt are in another order than when they were scored."""
     path = gen / "train-part_4" / "responses.jsonl"
     change(path, lambda rows: [{**row, "responses": row["responses"][::-1]} for row in rows])
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""step4_gen_embeddings.py: the last token's state whatever the batch, every row with its reward, kills, refusals."""
+"""step4_gen_embeddings.py: last-token states whatever the batch, rewards, kills, refusals."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def gen(tmp_path):
-    """Records of hand-made responses whose rewards tell their place: 100 n + k, negative for test."""
+    """Records with hand-made rewards that encode their place: 100 n + k, negative for test."""
     folder = responses.run_folder(tmp_path / "gen", "hh-rlhf-helpful", "gemma7b", "none", "-")
     for split, (n, k) in SIZES.items():
         sign = 1 if split == "train" else -1
@@ -76,7 +76,7 @@ def run(gen, out, model, *flags):
 
 
 def alone(model_dir, texts):
-    """Last hidden state of each text, one at a time and without padding, from the causal model."""
+    """Last hidden state of each text alone, without padding, from the causal model."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir).eval()
     with torch.inference_mode():
@@ -84,11 +84,11 @@ def alone(model_dir, texts):
             model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states
             for text in texts
         ]
-    return np.stack([one[-1][0, -1].numpy() for one in states])
+    return np.stack([layers[-1][0, -1].numpy() for layers in states])
 
 
 def make_gpt2(folder):
-    """Absolute positions: under left padding they must be told."""
+    """A model with absolute positions, which must be passed in when padding is on the left."""
     tokenizer = tiny_models.make_tokenizer(folder)
     torch.manual_seed(3)
     config = transformers.GPT2Config(
@@ -106,8 +106,8 @@ def test_equal_to_batch_size_one(model, tmp_path, family, side):
     tokenizer = loading.load_tokenizer(folder)
     base = loading.load_model("base", folder)
     rows = [sampling.encode(tokenizer, text) for text in texts]
-    found = encoding.embed(base, rows, tokenizer.pad_token_id, 400, side=side)
-    np.testing.assert_allclose(found, alone(folder, texts), atol=1e-5)
+    last = encoding.embed(base, rows, tokenizer.pad_token_id, 400, side=side)
+    np.testing.assert_allclose(last, alone(folder, texts), atol=1e-5)
     mean = encoding.embed(base, rows, tokenizer.pad_token_id, 400, "mean", side)
     single = [encoding.embed(base, [row], tokenizer.pad_token_id, 1, "mean")[0] for row in rows]
     np.testing.assert_allclose(mean, single, atol=1e-5)
@@ -122,11 +122,11 @@ def test_pool_by_hand():
 
 def test_batches_hold_the_budget_and_every_text_once():
     lengths = np.random.default_rng(0).integers(1, 200, 500).tolist()
-    made = list(encoding.batches(lengths, 512))
-    assert sorted(np.concatenate(made)) == list(range(500))
-    assert all(max(lengths[i] for i in at) * len(at) <= 512 for at in made)
-    assert max(lengths[i] for i in made[0]) == max(lengths)
-    assert [len(at) for at in encoding.batches([900, 3], 512)] == [1, 1]
+    batches = list(encoding.batches(lengths, 512))
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 512 for batch in batches)
+    assert max(lengths[i] for i in batches[0]) == max(lengths)
+    assert [len(batch) for batch in encoding.batches([900, 3], 512)] == [1, 1]
 
 
 def test_every_row_in_its_place(gen, tmp_path, model, capsys):
@@ -148,9 +148,8 @@ def test_every_row_in_its_place(gen, tmp_path, model, capsys):
             [sign * (100 * i + j) for j in range(k)] for i in range(n)
         ]
     manifest = artifacts.read_manifest(out)
-    assert manifest["producer"] == "step4_gen_embeddings.py" and len(manifest["files"]) == 2 * (
-        6 + 8
-    )
+    assert manifest["producer"] == "step4_gen_embeddings.py"
+    assert len(manifest["files"]) == 2 * (6 + 8)
     assert not [
         p.name for p in out.glob(".*") if p.name != ".lock" and not p.name.startswith(".rewards_")
     ]
@@ -198,19 +197,18 @@ def test_shuffled_responses_are_found(gen, tmp_path, model):
 def test_parts_and_splits_by_hand_equal_all(gen, tmp_path, model, capsys):
     whole = run(gen, tmp_path / "whole", model)
     for part in "41203":
-        found = run(gen, tmp_path / "parts", model, "--split", part)
-        assert part == "3" or not found
-    assert found == whole and "files of other --split values are missing" in capsys.readouterr().out
+        files = run(gen, tmp_path / "parts", model, "--split", part)
+        assert part == "3" or not files
+    assert files == whole and "files of other --split values are missing" in capsys.readouterr().out
     run(gen, tmp_path / "both", model, "--train_test", "test")
     assert run(gen, tmp_path / "both", model, "--train_test", "train") == whole
     assert embeddings.load_pair(tmp_path / "both")[1].shape == (4, 8, 64)
-    # fewer responses: those of later numbers go, the test split stays
+    # with fewer responses the files of higher k are removed; the test split stays
     fewer = run(gen, tmp_path / "both", model, "--train_test", "train", "--n_samples", "2")
     assert embeddings.load(tmp_path / "both").shape == (7, 2, 64)
-    assert fewer == {name: data for name, data in whole.items() if name in fewer} and len(
-        fewer
-    ) == 2 * (2 + 8)
-    # another pooling makes the test files those of another embedding: they go
+    assert fewer == {name: data for name, data in whole.items() if name in fewer}
+    assert len(fewer) == 2 * (2 + 8)
+    # with another pooling the test files belong to another embedder and are removed
     run(gen, tmp_path / "both", model, "--train_test", "train", "--pooling", "mean")
     assert embeddings.load(tmp_path / "both", "test") is None
     assert (
@@ -243,7 +241,7 @@ def test_killed_and_run_again(gen, tmp_path, model):
 
 @pytest.mark.parametrize("moved", [0, 5, 28])
 def test_stopped_while_files_are_moved(gen, tmp_path, model, monkeypatch, moved):
-    """Old data are there or the reader refuses; the next run completes without embedding anything again."""
+    """The reader refuses half-moved data; the next run completes without embedding again."""
     out = tmp_path / "data"
     old = run(gen, out, model, "--pooling", "mean")
     replace, calls = os.replace, []

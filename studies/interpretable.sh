@@ -211,7 +211,7 @@ for item in ${list[@]+"${list[@]}"}; do
     --model_dir "$OUTPUT_DIR"
 done
 
-packages=(torch numpy scipy scikit-learn joblib orjson tqdm matplotlib safetensors)
+packages=(torch numpy scipy scikit-learn joblib orjson tqdm matplotlib safetensors jinja2)
 extra=
 if [ "$chat" = 1 ]; then
   packages+=(transformers datasets)

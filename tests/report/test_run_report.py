@@ -1,4 +1,4 @@
-"""The run's report: the numbers of the JSON files on a page that stands alone; refusal of files that do not fit."""
+"""The run's report: numbers of the JSON files on one page; refusal of files that do not fit."""
 
 import json
 import re
@@ -37,7 +37,7 @@ VOID = ("meta", "br", "hr", "img", "link", "input")
 
 
 class Page(HTMLParser):
-    """Tables as rows of cell texts, ids, links and visible text; fails where tags do not balance."""
+    """Tables as rows of cell texts, ids, links, visible text; fails where tags do not balance."""
 
     def __init__(self, html):
         super().__init__()
@@ -94,7 +94,7 @@ def html(finished, tmp_path_factory):
 
 
 def change(folder, step, name, edit):
-    """Rewrite a JSON file by edit(content), and its digest in the manifest, as if the step had written it so."""
+    """Rewrite a JSON file by edit(content), and its digest, as if the step had written it so."""
     content = json.loads((folder / name).read_text())
     edit(content)
     artifacts.write_json(folder / name, content)
@@ -277,7 +277,7 @@ def test_text_from_files_is_escaped(run_dir):
 
 
 def test_smallest_run(tmp_path):
-    """K = 2, one member, plain isotonic, perfect labels, classification, binary target, no test set."""
+    """K = 2, one member, plain isotonic, perfect labels, classifier, binary target, no test set."""
     data = make_data(tmp_path / "data", "--n_splits", "2", "--n_test_splits", "2")
     flags = [
         "--ensemble_number",

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +51,7 @@ def main() -> None:
     settings.print_help_or_refuse(sys.argv[1:], __doc__)
     values = settings.read(os.environ)
     chain = settings.parse("chain", values)
-    stages, output_dir = plan(chain, values)
-    logs = artifacts.writable_dir(output_dir / "logs")
-    with hold(output_dir) as lock_file:
-        for stage in stages:
-            if stage.name != "demo" or needs_demo_data(stage.argv[-1]):  # another run made them
-                run(stage, logs, lock_file)
+    run_all("run_all.sh", *plan(chain, values))
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -199,6 +194,19 @@ def stages_of_prompts(values: Mapping[str, str], first: int, last: int) -> list[
 # ---------------------------------------------------------------------------------------------- run
 
 
+def run_all(command: str, stages: Iterable[Stage], output_dir: Path) -> None:
+    """Run the stages one after another, holding the lock of OUTPUT_DIR.
+
+    The first stage that fails ends the process, with its status and a line that names `command`.
+    """
+    logs = artifacts.writable_dir(output_dir / "logs")
+    with hold(output_dir) as lock_file:
+        for stage in stages:
+            if stage.name == "demo" and not needs_demo_data(stage.argv[-1]):
+                continue  # another run has made the data in the meantime
+            run(command, stage, logs, lock_file)
+
+
 @contextmanager
 def hold(output_dir: Path) -> Iterator[TextIO]:
     """Hold the lock of OUTPUT_DIR for this process and for stages that inherit its descriptor."""
@@ -208,7 +216,7 @@ def hold(output_dir: Path) -> Iterator[TextIO]:
         yield file
 
 
-def run(stage: Stage, logs: Path, lock_file: TextIO) -> None:
+def run(command: str, stage: Stage, logs: Path, lock_file: TextIO) -> None:
     """Run a stage with its output copied to logs/{name}.log; end this process where it fails."""
     print(f"\n==> {stage.name}: {shlex.join(['python', *stage.command])}", flush=True)
     path, started = logs / f"{stage.name}.log", time.time()
@@ -220,7 +228,7 @@ def run(stage: Stage, logs: Path, lock_file: TextIO) -> None:
     if status:
         last = "".join(f"    {line}\n" for line in path.read_text().splitlines()[-LAST_LINES:])
         print(
-            f"\nrun_all.sh: {stage.name} failed after {time.time() - started:.0f} s; its last "
+            f"\n{command}: {stage.name} failed after {time.time() - started:.0f} s; its last "
             f"lines:\n{last}the whole log: {path}\n"
             "the same command goes on from here; finished steps are skipped",
             file=sys.stderr,

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from types import ModuleType
 
@@ -120,14 +120,9 @@ def load_script(name: str) -> ModuleType:
 
 def actions_of(stage: str) -> dict[str, argparse.Action]:
     """{variable: flag} of one stage."""
-    parser = make_parser() if stage == "chain" else load_script(STAGES[stage]).make_parser()
-    hidden = NO_SETTING.get(stage, set()) | {"help", "debug"}
+    parser = make_parser() if stage == "chain" else script_of(stage).make_parser()
     renamed = {**EVERYWHERE, **RENAMED.get(stage, {})}
-    return {
-        renamed.get(action.dest, action.dest.upper()): action
-        for action in parser._actions
-        if action.dest not in hidden
-    }
+    return variables_of(parser, renamed, NO_SETTING.get(stage, ()))
 
 
 @cache
@@ -136,14 +131,11 @@ def all_names() -> frozenset[str]:
 
 
 def read(environment: Mapping[str, str]) -> dict[str, str]:
-    """{variable: text} of the settings that are set, those included that follow from others.
+    """{variable: text} of the settings that are set, those included that follow from TASK.
 
     InputError for a variable that looks like a mistyped setting.
     """
-    for name in environment:
-        nearest = name not in all_names() and nearest_setting(name)
-        if nearest:
-            raise InputError(f"{name}: no such setting; did you mean {nearest}? Otherwise unset it")
+    refuse_misspelt(environment, all_names())
     values = {name: environment[name] for name in sorted(all_names()) if environment.get(name)}
     task = values.get("TASK")
     if task in ("helpful", "harmless"):
@@ -153,34 +145,51 @@ def read(environment: Mapping[str, str]) -> dict[str, str]:
     return values
 
 
-def parse(stage: str, values: Mapping[str, str], more: Sequence[str] = ()) -> argparse.Namespace:
-    """The checked arguments of a stage; InputError that names the variable beside the flag."""
-    argv = [*flags_of(stage, values), *more]
-    try:
-        if stage == "chain":
-            return make_parser().parse_args(argv)
-        return load_script(STAGES[stage]).parse_args(argv)
-    except InputError as error:
-        variables = {action.dest: name for name, action in actions_of(stage).items()}
-        text = re.sub(
-            r"^argument --(\w+):",
-            lambda match: f"{variables.get(match[1], match[1].upper())} (--{match[1]}):",
-            str(error).removesuffix("; --help lists the flags"),
-        )
-        raise InputError(text) from None
-
-
 def flags_of(stage: str, values: Mapping[str, str]) -> list[str]:
     """The flags of a stage that its variables set."""
+    return flags_from(actions_of(stage), values)
+
+
+def parse(stage: str, values: Mapping[str, str], more: Sequence[str] = ()) -> argparse.Namespace:
+    """The checked arguments of a stage; InputError that names the variable beside the flag."""
+    parse_args = make_parser().parse_args if stage == "chain" else script_of(stage).parse_args
+    actions = actions_of(stage)
+    return parse_named(parse_args, actions, [*flags_from(actions, values), *more])
+
+
+def script_of(stage: str) -> ModuleType:
+    return load_script(STAGES[stage])
+
+
+# ------------------------------------------------------------------------ from variables to flags
+
+
+def variables_of(
+    parser: argparse.ArgumentParser, renamed: Mapping[str, str], hidden: Collection[str] = ()
+) -> dict[str, argparse.Action]:
+    """{variable: flag} of a parser; renamed: {name of a flag: its variable}, others in capitals."""
+    return {
+        renamed.get(action.dest, action.dest.upper()): action
+        for action in parser._actions
+        if action.dest not in {*hidden, "help", "debug"}
+    }
+
+
+def flags_from(
+    actions: Mapping[str, argparse.Action], values: Mapping[str, str], separator: str | None = None
+) -> list[str]:
+    """The flags whose variables are set; values of a list stand between separators (or spaces)."""
     flags = []
-    for name, action in actions_of(stage).items():
+    for name, action in actions.items():
         if name not in values:
             continue
+        flag, text = action.option_strings[0], values[name]
         if action.nargs == 0:  # a flag without a value
-            flags += [action.option_strings[0]] if read_bit(name, values[name]) else []
+            flags += [flag] if read_bit(name, text) else []
+        elif action.nargs:
+            flags += [flag, *text.split(separator)]
         else:
-            texts = values[name].split() if action.nargs else [values[name]]
-            flags += [action.option_strings[0], *texts]
+            flags += [flag, text]
     return flags
 
 
@@ -191,16 +200,31 @@ def read_bit(name: str, text: str) -> bool:
         raise InputError(f"{name}: {error}") from None
 
 
-def nearest_setting(name: str) -> str | None:
-    """The setting that `name` is a misspelling of: one edit away, or two where the name is long."""
-    limit = 1 if len(name) <= 8 else 2
-    distances = {
-        setting: edit_distance(name, setting)
-        for setting in sorted(all_names())
-        if abs(len(name) - len(setting)) <= limit
-    }
-    nearest = min(distances, key=distances.get, default=None)
-    return nearest if nearest and distances[nearest] <= limit else None
+def parse_named(
+    parse_args: Callable, actions: Mapping[str, argparse.Action], argv: list[str]
+) -> argparse.Namespace:
+    """parse_args(argv), where an InputError about a flag names its variable as well."""
+    variables = {action.dest: name for name, action in actions.items()}
+
+    def named(match):
+        return f"{variables.get(match[1], match[1].upper())} (--{match[1]}):"
+
+    try:
+        return parse_args(argv)
+    except InputError as error:
+        text = str(error).removesuffix("; --help lists the flags")
+        raise InputError(re.sub(r"^argument --(\w+):", named, text)) from None
+
+
+def refuse_misspelt(environment: Iterable[str], names: Collection[str]) -> None:
+    """InputError for a variable that is one edit away from a setting; two, where it is long."""
+    for name in environment:
+        limit = 1 if len(name) <= 8 else 2
+        near = [other for other in names if abs(len(name) - len(other)) <= limit]
+        distances = {other: edit_distance(name, other) for other in sorted(near)}
+        nearest = min(distances, key=distances.get, default=None)
+        if nearest and 0 < distances[nearest] <= limit:
+            raise InputError(f"{name}: no such setting; did you mean {nearest}? Otherwise unset it")
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -1,142 +1,146 @@
-"""The prepared file of the interpretable-reward studies: embeddings, and labels of named attributes where known.
+"""The prepared file of the interpretable-reward studies: embeddings, and labels of attributes.
 
 One .safetensors file, or its shards {stem}-{idx:05d}-of-{n:05d}.safetensors:
 
-embeddings         (n, D) rated responses, or (n, 2, D) pairs, chosen then rejected; float16 or float32
-prompt_embeddings  (n, D') of the prompt alone; may be absent
-labels             (n, A) float32, NaN where missing; of pairs: P(side 0 is preferred), in [0, 1]; may be absent
-groups             (n,) int64, equal for rows with the same prompt text
-metadata (JSON)    ids (n), attributes (A), subsets (n) or null, source (what it was made of), left_out (count, ids)
+embeddings         (n, D) rated responses, or (n, 2, D) pairs, chosen then rejected; float16 or
+                   float32
+prompt_embeddings  (n, D') embeddings of the prompts alone; optional
+labels             (n, A) float32, NaN where missing; of pairs: P(response 0 is preferred), in
+                   [0, 1]; optional
+groups             (n,) int64 prompt numbers, equal for rows with the same prompt text
+metadata (JSON)    ids (n), attributes (A), subsets (n) or null, source (what the file was made
+                   of), left_out (number and ids of rows that were too long)
 
-Files are memory-mapped and given out in blocks of float32 rows: memory does not grow with n x D.
+Files are memory-mapped and read in blocks of float32 rows: memory does not grow with n x D.
 """
 
 import glob
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from rewardlib import artifacts
-from rewardlib.data.embeddings import BLOCK_BYTES
 from rewardlib.errors import InputError
+from studies.interpretable import tensor_files
 
 MADE_BY = "studies/interpretable_prepare.py"
-DTYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64}
 METADATA = ("ids", "attributes", "subsets", "source", "left_out")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<idx>\d{5})-of-(?P<n>\d{5})\.safetensors")
-LONGEST_HEADER = 100_000_000  # bytes; readers of the format refuse a longer one
 
 
 @dataclass(frozen=True)
 class Rated:
     """n rated responses or n pairs of responses.
 
-    embeddings: list of arrays (n_i, D) or (n_i, 2, D), one per file, n_i adding up to n;
-    prompt_embeddings: the same of (n_i, D'), or None; labels: (n, A) float32 with NaN where
+    embeddings: list of arrays (n_i, D) or (n_i, 2, D), one for each file, whose n_i add up to n;
+    prompt_embeddings: list of arrays (n_i, D'), or None; labels: (n, A) float32 with NaN where
     missing, or None; groups: (n,) int64 prompt numbers; ids: n strings; attributes: A names;
     subsets: n names, or None; source: what the file was made of (JSON); left_out: ids of rows that
-    were too long; digests: {file name: sha256}; path: where it was read from.
+    were too long; digests: {file name: sha256}; path: file or pattern of files.
     """
 
-    embeddings: list
+    embeddings: list[np.ndarray]
     groups: np.ndarray
-    ids: list
-    prompt_embeddings: list | None = None
+    ids: list[str]
+    prompt_embeddings: list[np.ndarray] | None = None
     labels: np.ndarray | None = None
-    attributes: list = field(default_factory=list)
-    subsets: list | None = None
+    attributes: list[str] = field(default_factory=list)
+    subsets: list[str] | None = None
     source: dict = field(default_factory=dict)
-    left_out: list = field(default_factory=list)
-    digests: dict = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """(n, D) of rated responses, (n, 2, D) of pairs."""
         return sum(map(len, self.embeddings)), *self.embeddings[0].shape[1:]
 
     @property
-    def is_pairs(self):
+    def is_pairs(self) -> bool:
         return self.embeddings[0].ndim == 3
 
-    def take(self, rows):
-        """Embeddings of the given row numbers, (m, D) or (m, 2, D) float32."""
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings of m row numbers, (m, D) or (m, 2, D) float32."""
         return gather(self.embeddings, rows)
 
-    def take_prompts(self, rows):
-        """Prompt embeddings of the given row numbers, (m, D') float32."""
+    def take_prompts(self, rows: np.ndarray) -> np.ndarray:
+        """Prompt embeddings of m row numbers, (m, D') float32."""
         return gather(self.prompt_embeddings, rows)
 
-    def blocks(self, rows):
-        """Yield (slice into `rows`, embeddings (m, D) or (m, 2, D) float32) over `rows`, in bounded memory."""
-        step = _block_rows(self.embeddings[0])
+    def blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield (slice of `rows`, embeddings of these rows, float32), in bounded memory."""
+        step = tensor_files.rows_per_block(self.embeddings[0])
         for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            yield part, self.take(rows[part])
+            block = slice(start, start + step)
+            yield block, self.take(rows[block])
 
-    def column(self, name):
-        """The position of attribute `name`; InputError where there is none."""
+    def column(self, name: str) -> int:
+        """Column of attribute `name` in `labels`; InputError where no attribute has this name."""
         if name not in self.attributes:
             raise InputError(
-                f"{self.path}: expected an attribute among {', '.join(self.attributes)}, found {name!r}"
+                f"{self.path}: expected an attribute among {', '.join(self.attributes)}, "
+                f"found {name!r}"
             )
         return list(self.attributes).index(name)
 
 
-def _block_rows(array):
-    return max(1, BLOCK_BYTES // (4 * max(1, int(np.prod(array.shape[1:])))))
+def gather(parts: list[np.ndarray], rows: np.ndarray, dtype=np.float32) -> np.ndarray:
+    """Rows of the concatenation of `parts`, as `dtype`. IndexError for a row that does not exist.
 
-
-def gather(parts, rows, dtype=np.float32):
-    """Rows, as `dtype`, of arrays that follow one another; each array is read once, in ascending order."""
+    Each array is read once, in ascending order of its rows.
+    """
     rows, starts = np.asarray(rows, np.int64), np.cumsum([0, *map(len, parts)])
     if len(rows) and not 0 <= rows.min() <= rows.max() < starts[-1]:
         raise IndexError(f"rows {rows.min()} to {rows.max()} of {starts[-1]}")
-    found = np.empty((len(rows), *parts[0].shape[1:]), dtype)
+    gathered = np.empty((len(rows), *parts[0].shape[1:]), dtype)
     order = np.argsort(rows, kind="stable")
-    wanted = np.split(order, np.searchsorted(rows[order], starts[1:-1]))
-    for part, start, at in zip(parts, starts[:-1], wanted, strict=True):
-        found[at] = part[rows[at] - start]
-    return found
+    positions_by_part = np.split(order, np.searchsorted(rows[order], starts[1:-1]))
+    for part, start, positions in zip(parts, starts[:-1], positions_by_part, strict=True):
+        gathered[positions] = part[rows[positions] - start]
+    return gathered
 
 
-def groups_of(prompts):
-    """(n,) int64 from the prompts' texts: equal texts, equal numbers, in every shard and every file."""
+def groups_of(prompts: list[str]) -> np.ndarray:
+    """Prompt numbers (n,) int64: equal texts have equal numbers, in every shard and every file."""
     digests = (hashlib.sha256(prompt.encode()).digest() for prompt in prompts)
-    # 53 bits: whole in the JSON of every program.
+    # 53 bits: programs that read JSON numbers as float64 keep them exactly.
     return np.fromiter(
         (int.from_bytes(digest[:8], "little") >> 11 for digest in digests), np.int64, len(prompts)
     )
 
 
-def split_prompts(groups, shares, rng):
-    """Deal rows to roles, whole prompts at a time: {role: sorted row numbers}.
+def split_prompts(
+    groups: np.ndarray, shares: dict[str, float], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Random split by prompt: {part: sorted row numbers}.
 
-    groups: (n,) prompt of each row; shares: {role: share of the rows}, which add up to 1; a share
-    may be 0. InputError where there are too few prompts for the others.
+    groups: (n,) prompt number of each row; shares: {part: share of the rows}, which add up to 1; a
+    share may be 0. InputError where a part with a share above 0 gets no prompt.
     """
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     order = rng.permutation(len(sizes))
     ends = np.cumsum(sizes[order])
     bounds = np.cumsum(list(shares.values())) * ends[-1]
-    role = np.empty(len(sizes), int)
-    role[order] = np.searchsorted(bounds, ends - sizes[order] / 2)
-    found = {name: np.flatnonzero(role[group] == i) for i, name in enumerate(shares)}
-    if empty := [name for name, share in shares.items() if share and not len(found[name])]:
-        told = ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share)
+    part = np.empty(len(sizes), int)
+    # A prompt belongs to the part in which the middle of its rows falls.
+    part[order] = np.searchsorted(bounds, ends - sizes[order] / 2)
+    rows = {name: np.flatnonzero(part[group] == i) for i, name in enumerate(shares)}
+    if empty := [name for name, share in shares.items() if share and not len(rows[name])]:
+        parts = ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share)
         raise InputError(
-            f"expected prompts enough for {told}, found {len(sizes)} and none for {', '.join(empty)}; add prompts or "
-            "change the shares"
+            f"expected enough prompts for {parts}, found {len(sizes)}, which leaves none for "
+            f"{', '.join(empty)}; add prompts or change the shares"
         )
-    return found
+    return rows
 
 
-def shard_name(stem, idx, n):
+def shard_name(stem: str, idx: int, n: int) -> str:
     """File name of shard `idx` (from 0) of `n`."""
     return f"{stem}-{idx:05d}-of-{n:05d}.safetensors"
 
@@ -144,44 +148,45 @@ def shard_name(stem, idx, n):
 # ------------------------------------------------------------------------------------------ reading
 
 
-def read(path, *, labels=None, pairs=None, attributes=None):
-    """Check and open a prepared file, or all shards that the pattern `path` ("data-*.safetensors") matches.
+def read(
+    path: str | Path,
+    *,
+    labels: bool | None = None,
+    pairs: bool | None = None,
+    attributes: list[str] | None = None,
+) -> Rated:
+    """Open and check a prepared file, or all shards that match the pattern "data-*.safetensors".
 
-    labels: True asks for labels, with at least one for every attribute; pairs: True asks for (n, 2,
-    D), False for (n, D); attributes: names of those to keep. Returns Rated; InputError with what
-    was expected and found.
+    labels: True requires at least one label for every attribute; pairs: True requires (n, 2, D)
+    embeddings, False (n, D); attributes: names of the attributes to keep (None: all). InputError
+    where the content is not as required.
     """
     files = _find(path)
-    rated = merge(files) if len(files) > 1 or SHARD.fullmatch(files[0].name) else _open(files[0])
-    n, *rest = rated.shape
-    if not n:
-        raise InputError(
-            f"{path}: expected at least one row, found none; {len(rated.left_out)} were left out"
-        )
+    if len(files) > 1 or SHARD.fullmatch(files[0].name):
+        rated = merge(files)
+    else:
+        rated = _open(files[0])
+    if not rated.shape[0]:
+        raise InputError(f"{path}: no rows; {len(rated.left_out)} rows were left out as too long")
     if pairs is not None and pairs != rated.is_pairs:
-        wanted = "(n, 2, D) pairs, chosen then rejected" if pairs else "(n, D) rated responses"
-        found = "pairs" if rated.is_pairs else "rated responses"
+        expected = "(n, 2, D) pairs, chosen then rejected" if pairs else "(n, D) rated responses"
+        kind = "pairs" if rated.is_pairs else "rated responses"
         raise InputError(
-            f"{path}: expected embeddings {wanted}, found {(n, *rest)}: {found}; prepare the other data"
+            f"{path}: expected embeddings {expected}, found {rated.shape}: {kind}; "
+            "prepare the other data"
         )
     if labels and rated.labels is None:
-        raise InputError(
-            f"{path}: expected labels ({n}, attributes), found none; prepare the data with labels"
-        )
+        raise InputError(f"{path}: no labels; prepare the data with labels")
     if attributes:
         columns = [rated.column(name) for name in attributes]
-        kept = None if rated.labels is None else rated.labels[:, columns]
-        rated = replace(rated, attributes=list(attributes), labels=kept)
+        values = None if rated.labels is None else rated.labels[:, columns]
+        rated = replace(rated, attributes=list(attributes), labels=values)
         _check_attributes(rated, path)
     if labels:
-        empty = [
-            name
-            for name, column in zip(rated.attributes, rated.labels.T, strict=True)
-            if np.isnan(column).all()
-        ]
-        if empty:
+        is_unlabelled = np.isnan(rated.labels).all(0)
+        if unlabelled := [rated.attributes[a] for a in np.flatnonzero(is_unlabelled)]:
             raise InputError(
-                f"{path}: expected labels for every attribute, found none for {', '.join(empty)}; leave it out"
+                f"{path}: no labels for {', '.join(unlabelled)}; leave these attributes out"
             )
     return rated
 
@@ -193,40 +198,78 @@ def _find(path):
         return [path]
     files = sorted(map(Path, glob.glob(str(path))))
     if not files:
-        raise InputError(
-            f"{path}: expected a prepared file or a pattern of shards, found none; {MADE_BY} writes it"
-        )
+        raise InputError(f"{path}: no prepared file and no shards; {MADE_BY} writes them")
     return files
 
 
-def merge(paths):
-    """The shards `paths` as one Rated, in the order of their numbers, whatever the order of `paths`.
+def _open(path):
+    """One file as Rated, checked."""
+    arrays, metadata = tensor_files.map_tensors(path)
+    for name in ("embeddings", "groups"):
+        if name not in arrays:
+            raise InputError(
+                f"{path}: expected a tensor {name!r}, found {', '.join(arrays)}; "
+                f"{MADE_BY} writes prepared files"
+            )
+    try:
+        content = {name: json.loads(metadata.get(name, "null")) for name in METADATA}
+    except ValueError:
+        raise InputError(
+            f"{path}: expected JSON in the metadata, found {metadata}; prepare the file again"
+        ) from None
+    labels = arrays.get("labels")
+    rated = Rated(
+        embeddings=[arrays["embeddings"]],
+        prompt_embeddings=[arrays["prompt_embeddings"]] if "prompt_embeddings" in arrays else None,
+        labels=None if labels is None else np.array(labels, np.float32),
+        groups=np.array(arrays["groups"]),
+        ids=content["ids"] or [],
+        attributes=content["attributes"] or [],
+        subsets=content["subsets"],
+        source=content["source"] or {},
+        left_out=(content["left_out"] or {}).get("ids", []),
+        digests={Path(path).name: artifacts.sha256(path)},
+        path=Path(path),
+    )
+    check(rated)
+    return rated
 
-    InputError where a shard is missing or there twice, or where shards are of different data.
+
+# ------------------------------------------------------------------------------------------- shards
+
+
+def merge(paths: list[Path]) -> Rated:
+    """Join shards in the order of their numbers, whatever the order of `paths`.
+
+    InputError where a shard is missing or comes twice, or where shards hold different data.
     """
     paths = [Path(path) for path in paths]
     names = {path: SHARD.fullmatch(path.name) for path in paths}
     for path, match in names.items():
         if not match:
             raise InputError(
-                f"{path}: expected shards named {shard_name('stem', 0, 2)}, found {path.name}; narrow it"
+                f"{path}: expected shards named {shard_name('stem', 0, 2)}, found {path.name}; "
+                "give a narrower pattern"
             )
     paths = sorted(paths, key=lambda path: int(names[path]["idx"]))
     stem, n = names[paths[0]]["stem"], int(names[paths[0]]["n"])
     for path in paths:
         if (names[path]["stem"], int(names[path]["n"])) != (stem, n):
             raise InputError(
-                f"{path}: expected a shard of {stem}, {n} in all, as {paths[0].name}; narrow the pattern"
+                f"{path}: expected one of the {n} shards of {stem}, as {paths[0].name} is; "
+                "give a narrower pattern"
             )
     numbers = [int(names[path]["idx"]) for path in paths]
     if len(set(numbers)) < len(numbers) or numbers[-1] >= n:
         raise InputError(
-            f"{paths[0].parent}: expected each of the shards 0-{n - 1} of {stem} once, found {numbers}"
+            f"{paths[0].parent}: expected each of the shards 0-{n - 1} of {stem} once, "
+            f"found {numbers}"
         )
     if missing := sorted(set(range(n)) - set(numbers)):
         raise InputError(
-            f"{paths[0].parent / shard_name(stem, missing[0], n)} is missing: expected {n} shards, found {len(paths)}, "
-            f"without {', '.join(map(str, missing))}; run {MADE_BY} --n_shards {n} --shard_idx {missing[0]}"
+            f"{paths[0].parent / shard_name(stem, missing[0], n)} is missing: expected {n} shards, "
+            f"found {len(paths)}, without {', '.join(map(str, missing))}; run {MADE_BY} "
+            f"--n_shards {n} --shard_idx {missing[0]}"
         )
     return _concatenate([_open(path) for path in paths])
 
@@ -237,11 +280,9 @@ def _concatenate(shards):
         _check_same(first, shard)
 
     def joined(name):
-        return (
-            None
-            if getattr(first, name) is None
-            else [item for shard in shards for item in getattr(shard, name)]
-        )
+        if getattr(first, name) is None:
+            return None
+        return [item for shard in shards for item in getattr(shard, name)]
 
     rated = Rated(
         embeddings=joined("embeddings"),
@@ -261,8 +302,8 @@ def _concatenate(shards):
 
 
 def _check_same(first, shard):
-    """InputError unless both shards are of the same data in the same form."""
-    for what, of in {
+    """InputError unless both shards hold parts of the same data in the same form."""
+    forms = {
         "source": lambda rated: rated.source,
         "attributes": lambda rated: list(rated.attributes),
         "embeddings": lambda rated: (str(rated.embeddings[0].dtype), *rated.shape[1:]),
@@ -271,191 +312,133 @@ def _check_same(first, shard):
         ),
         "labels": lambda rated: rated.labels is not None,
         "subsets": lambda rated: rated.subsets is not None,
-    }.items():
-        if of(shard) != of(first):
+    }
+    for name, form in forms.items():
+        if form(shard) != form(first):
             raise InputError(
-                f"{shard.path}: expected {what} {of(first)} as in {first.path.name}, found {of(shard)}; "
-                "prepare all shards with one command, but for --shard_idx"
+                f"{shard.path}: expected {name} {form(first)} as in {first.path.name}, "
+                f"found {form(shard)}; prepare all shards with one command that differs only in "
+                "--shard_idx"
             )
-
-
-def _open(path):
-    """One file as Rated, checked."""
-    arrays, metadata = map_tensors(path)
-    for name in ("embeddings", "groups"):
-        if name not in arrays:
-            raise InputError(
-                f"{path}: expected a tensor {name!r}, found {', '.join(arrays)}; {MADE_BY} writes it"
-            )
-    try:
-        told = {name: json.loads(metadata.get(name, "null")) for name in METADATA}
-    except ValueError:
-        raise InputError(
-            f"{path}: expected JSON in its metadata, found {metadata}; prepare it again"
-        ) from None
-    labels = arrays.get("labels")
-    rated = Rated(
-        embeddings=[arrays["embeddings"]],
-        prompt_embeddings=[arrays["prompt_embeddings"]] if "prompt_embeddings" in arrays else None,
-        labels=None if labels is None else np.array(labels, np.float32),
-        groups=np.array(arrays["groups"]),
-        ids=told["ids"] or [],
-        attributes=told["attributes"] or [],
-        subsets=told["subsets"],
-        source=told["source"] or {},
-        left_out=(told["left_out"] or {}).get("ids", []),
-        digests={Path(path).name: artifacts.sha256(path)},
-        path=Path(path),
-    )
-    check(rated)
-    return rated
-
-
-def map_tensors(path):
-    """({name: memory-mapped array}, {metadata key: string}) of a .safetensors file; InputError where it is damaged."""
-    try:
-        with safe_open(path, "np") as file:  # header and size agree, or it raises
-            file.keys()
-        with open(path, "rb") as file:
-            start = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start))
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: expected a whole .safetensors file, found: {error}; {MADE_BY} writes it"
-        ) from None
-    metadata = header.pop("__metadata__", {})
-    arrays = {}
-    for name, told in header.items():
-        if told["dtype"] not in DTYPES:
-            raise InputError(
-                f"{path}: {name}: expected one of {', '.join(DTYPES)}, found {told['dtype']}; convert it"
-            )
-        where = {"dtype": DTYPES[told["dtype"]], "shape": tuple(told["shape"])}
-        # An array without elements cannot be mapped.
-        empty = 0 in where["shape"]
-        offset = 8 + start + told["data_offsets"][0]
-        arrays[name] = (
-            np.empty(**where) if empty else np.memmap(path, mode="r", offset=offset, **where)
-        )
-    return arrays, metadata
 
 
 # ------------------------------------------------------------------------------------------- checks
 
 
-def check(rated):
-    """InputError unless shapes, types, names and values of `rated` are those of a prepared file (or of one shard)."""
-    n, where = len(rated.groups), rated.path
-    for part in rated.embeddings:
-        if (
-            part.ndim not in (2, 3)
-            or (part.ndim == 3 and part.shape[1] != 2)
-            or 0 in part.shape[1:]
-        ):
-            raise InputError(
-                f"{where}: embeddings: expected (n, D) rated responses or (n, 2, D) pairs, found {part.shape}"
-            )
-    if rated.groups.ndim != 1 or rated.groups.dtype != np.int64:
-        raise InputError(
-            f"{where}: groups: expected (n,) int64, found {rated.groups.shape} {rated.groups.dtype}"
-        )
-    if rated.shape[0] != n:
-        raise InputError(
-            f"{where}: groups: expected ({rated.shape[0]},) as the embeddings, found ({n},)"
-        )
-    if n and rated.groups.min() < 0:
-        raise InputError(
-            f"{where}: groups: expected numbers of at least 0, found {rated.groups.min()}; renumber them"
-        )
-    _check_rows(rated.embeddings, f"{where}: embeddings", rated.ids)
+def check(rated: Rated) -> None:
+    """InputError unless shapes, types, names and values are those of a prepared file or a shard."""
+    n, path = len(rated.groups), rated.path
+    _check_shapes(rated)
+    _check_rows(rated.embeddings, f"{path}: embeddings", rated.ids)
     if rated.prompt_embeddings is not None:
         shapes = [part.shape for part in rated.prompt_embeddings]
         if any(len(shape) != 2 for shape in shapes) or sum(shape[0] for shape in shapes) != n:
             raise InputError(
-                f"{where}: prompt_embeddings: expected ({n}, D), found {', '.join(map(str, shapes))}"
+                f"{path}: prompt_embeddings: expected ({n}, D), found {', '.join(map(str, shapes))}"
             )
-        _check_rows(rated.prompt_embeddings, f"{where}: prompt_embeddings", rated.ids)
-    _check_ids(rated.ids, where)
+        _check_rows(rated.prompt_embeddings, f"{path}: prompt_embeddings", rated.ids)
+    _check_ids(rated.ids, path)
     for name, values in (("ids", rated.ids), ("subsets", rated.subsets)):
         if values is not None and len(values) != n:
             raise InputError(
-                f"{where}: {name}: expected {n}, one for each row, found {len(values)}; prepare it again"
+                f"{path}: {name}: expected {n}, one for each row, found {len(values)}; "
+                "prepare the file again"
             )
-    _check_attributes(rated, where)
+    _check_attributes(rated, path)
 
 
-def _check_ids(ids, where):
-    if not all(isinstance(name, str) for name in ids):
+def _check_shapes(rated):
+    """InputError unless the embeddings and the prompt numbers have the shapes of one data set."""
+    groups, path = rated.groups, rated.path
+    for part in rated.embeddings:
+        is_rated, is_pairs = part.ndim == 2, part.ndim == 3 and part.shape[1] == 2
+        if not (is_rated or is_pairs) or 0 in part.shape[1:]:
+            raise InputError(
+                f"{path}: embeddings: expected (n, D) rated responses or (n, 2, D) pairs, "
+                f"found {part.shape}"
+            )
+    if groups.ndim != 1 or groups.dtype != np.int64:
         raise InputError(
-            f"{where}: ids: expected strings, found {next(i for i in ids if not isinstance(i, str))!r}"
+            f"{path}: groups: expected (n,) int64, found {groups.shape} {groups.dtype}"
         )
+    if rated.shape[0] != len(groups):
+        raise InputError(
+            f"{path}: groups: expected ({rated.shape[0]},) as the embeddings, "
+            f"found ({len(groups)},)"
+        )
+    if len(groups) and groups.min() < 0:
+        raise InputError(
+            f"{path}: groups: expected prompt numbers of at least 0, found {groups.min()}; "
+            "renumber the prompts"
+        )
+
+
+def _check_ids(ids, path):
+    if not all(isinstance(name, str) for name in ids):
+        other = next(name for name in ids if not isinstance(name, str))
+        raise InputError(f"{path}: ids: expected strings, found {other!r}")
     if len(set(ids)) != len(ids):
         seen = set()
-        twice = next(name for name in ids if name in seen or seen.add(name))
+        repeated = next(name for name in ids if name in seen or seen.add(name))
         raise InputError(
-            f"{where}: ids: expected {len(ids)} different ones, found {twice!r} twice; name rows apart"
+            f"{path}: ids: expected {len(ids)} different ids, found {repeated!r} twice; "
+            "give each row an id of its own"
         )
 
 
-def _check_attributes(rated, where):
+def _check_attributes(rated, path):
     names, labels = list(rated.attributes), rated.labels
-    if any(not isinstance(name, str) or not name.strip() for name in names) or len(
-        set(names)
-    ) != len(names):
+    are_names = all(isinstance(name, str) and name.strip() for name in names)
+    if not are_names or len(set(names)) != len(names):
         raise InputError(
-            f"{where}: attributes: expected different names, none empty, found {names}; rename them"
+            f"{path}: attributes: expected different names, none empty, found {names}; rename them"
         )
     if labels is None:
         return
     expected = (len(rated.groups), len(names))
     if labels.shape != expected or not names:
         raise InputError(
-            f"{where}: labels: expected {expected}, a row for each of the embeddings and a column for each of the "
-            f"attributes, found {labels.shape}; prepare it again"
+            f"{path}: labels: expected {expected}, a row for each embedding and a column for each "
+            f"attribute, found {labels.shape}; prepare the file again"
         )
-    bad = np.isinf(labels)
-    kind = "finite numbers, or NaN where missing"
+    bad, kind = np.isinf(labels), "finite numbers, or NaN where missing"
     if rated.is_pairs:
-        bad, kind = (
-            bad | (labels < 0) | (labels > 1),
-            "probabilities in [0, 1] for pairs, or NaN where missing",
-        )
+        bad |= (labels < 0) | (labels > 1)
+        kind = "probabilities in [0, 1] for pairs, or NaN where missing"
     if bad.any():
         row, a = np.argwhere(bad)[0]
         raise InputError(
-            f"{where}: labels: expected {kind}, found {labels[row, a]} in row {row}, {names[a]}"
+            f"{path}: labels: expected {kind}, found {labels[row, a]} in row {row}, {names[a]}"
         )
 
 
 def _check_rows(parts, where, ids):
-    """InputError at the first row that is not finite."""
-    first = 0
+    """InputError that names the first row with a number that is not finite."""
+    first_row = 0  # of the part, counted over all parts
     for part in parts:
         if part.dtype not in (np.float16, np.float32):
             raise InputError(
-                f"{where}: expected float16 or float32, found {part.dtype}; convert them"
+                f"{where}: expected float16 or float32, found {part.dtype}; convert the array"
             )
-        step = _block_rows(part)
+        step = tensor_files.rows_per_block(part)
         for start in range(0, len(part), step):
-            finite = (
-                np.isfinite(part[start : start + step])
-                .reshape(len(part[start : start + step]), -1)
-                .all(1)
-            )
-            if not finite.all():
-                row = first + start + int(np.argmin(finite))
+            block = part[start : start + step]
+            is_finite = np.isfinite(block).reshape(len(block), -1).all(1)
+            if not is_finite.all():
+                row = first_row + start + int(np.argmin(is_finite))
                 name = f" ({ids[row]!r})" if row < len(ids) else ""
                 raise InputError(
-                    f"{where}: expected finite numbers, found NaN or inf in row {row}{name}; embed it again"
+                    f"{where}: expected finite numbers, found NaN or inf in row {row}{name}; "
+                    "embed this row again"
                 )
-        first += len(part)
+        first_row += len(part)
 
 
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write(path, rated):
-    """Check `rated` and write it to `path`, one file whatever the number of its parts, atomically and in blocks."""
+def write(path: Path, rated: Rated) -> None:
+    """Check `rated` and write it to one file, whatever the number of its parts, atomically."""
     check(replace(rated, path=path))
     tensors = {
         "groups": [rated.groups],
@@ -463,43 +446,7 @@ def write(path, rated):
         "embeddings": rated.embeddings,
         "prompt_embeddings": rated.prompt_embeddings,
     }
-    told = {name: getattr(rated, name) for name in METADATA}
-    told["left_out"] = {"count": len(rated.left_out), "ids": list(rated.left_out)}
-    write_tensors(
-        path, tensors, {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
-    )
-
-
-def write_tensors(path, tensors, metadata):
-    """Write {name: arrays that follow one another, or None} and {key: string} as a .safetensors file, atomically.
-
-    Streams, which safetensors' own writer does not; and orders the metadata, so that equal content
-    is equal bytes.
-    """
-    tensors = {
-        name: [np.asanyarray(part) for part in parts]
-        for name, parts in tensors.items()
-        if parts is not None
-    }
-    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": dict(sorted(metadata.items()))}, 0
-    for name, parts in tensors.items():
-        shape = [sum(map(len, parts)), *parts[0].shape[1:]]
-        begin, end = end, end + sum(part.nbytes for part in parts)
-        header[name] = {
-            "dtype": names[parts[0].dtype],
-            "shape": shape,
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > LONGEST_HEADER:
-        raise InputError(
-            f"{path}: expected ids and names of at most {LONGEST_HEADER} bytes, found {len(text)}; use shorter ids"
-        )
-    with artifacts.atomic(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for part in (part for parts in tensors.values() for part in parts):
-            step = _block_rows(part)
-            for start in range(0, len(part), step):
-                file.write(np.ascontiguousarray(part[start : start + step]).tobytes())
+    content = {name: getattr(rated, name) for name in METADATA}
+    content["left_out"] = {"count": len(rated.left_out), "ids": list(rated.left_out)}
+    metadata = {name: json.dumps(value, sort_keys=True) for name, value in content.items()}
+    tensor_files.write_tensors(path, tensors, metadata)

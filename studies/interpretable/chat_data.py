@@ -1,14 +1,17 @@
-"""Data sets of chat conversations: rated responses, or pairs of responses to one prompt.
+"""Data sets of conversations: rated responses, or pairs of responses to one prompt.
 
-A row is {"messages"} beside columns of numbers (rated), or {"chosen", "rejected"} (pairs); messages are lists of
-{"role", "content"} that end with the assistant's. A text, or the assistant's message alone, continues {"prompt"}, which
-is a text or a list of messages; {"prompt", "response"} stands for {"messages"}. "id" and "subset" are optional.
-Rows come from a .jsonl file, a folder of datasets' save_to_disk, or a data set on the hub.
+A row is {"messages"} with columns of numbers (rated), or {"chosen", "rejected"} (pairs). Messages
+are lists of {"role", "content"} that end with a message of the assistant. Where "messages",
+"chosen" or "rejected" is a text, or the last message alone, {"prompt"} holds what precedes it: a
+text or a list of messages. {"prompt", "response"} is another form of {"messages"}. "id" and
+"subset" are optional. Rows come from a .jsonl file, a folder that datasets' save_to_disk wrote, or
+a data set on the hub.
 """
 
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,75 +27,75 @@ NO_LABELS = ("messages", "prompt", "response", "chosen", "rejected", "id", "subs
 
 @dataclass(frozen=True)
 class Chats:
-    """n conversations, or n pairs of conversations that share their prompt.
+    """n conversations, or n pairs of conversations with the same prompt.
 
-    rows: all rows of the source, read when asked for; at: (n,) numbers of those that are meant;
-    kind: "rated" or "pairs"; ids: n strings; groups: (n,) int64 by prompt; labels: (n, A) float32
-    with NaN where missing, or None; attributes: A names; subsets: n names or None; digest: sha256
+    rows: all rows of the source, read on demand; row_numbers: (n,) those that are selected; kind:
+    "rated" or "pairs"; ids: n strings; groups: (n,) int64 prompt numbers; labels: (n, A) float32
+    with NaN where missing, or None; attributes: A names; subsets: n names, or None; digest: sha256
     of all that was read.
     """
 
-    rows: object
-    at: np.ndarray
+    rows: Sequence[dict]
+    row_numbers: np.ndarray
     kind: str
-    ids: list
+    ids: list[str]
     groups: np.ndarray
     labels: np.ndarray | None
-    attributes: list
-    subsets: list | None
+    attributes: list[str]
+    subsets: list[str] | None
     digest: str
 
-    def conversation(self, i):
-        """(prompt messages, [the response], of pairs [chosen, rejected]) of row i, each response one message."""
-        return split_row(self.rows[int(self.at[i])], self.kind, self.ids[i])
+    def conversation(self, i: int) -> tuple[list[dict], list[dict]]:
+        """(messages of the prompt, last message of each response) of the i-th selected row.
 
-    def take(self, at):
-        """The rows `at` (an index array) alone."""
+        There is one response to rated rows, and two, chosen and rejected, to pairs.
+        """
+        return split_row(self.rows[int(self.row_numbers[i])], self.kind, self.ids[i])
+
+    def take(self, positions: np.ndarray) -> "Chats":
+        """The selected rows at these positions alone."""
         return replace(
             self,
-            at=self.at[at],
-            ids=[self.ids[i] for i in at],
-            groups=self.groups[at],
-            labels=None if self.labels is None else self.labels[at],
-            subsets=None if self.subsets is None else [self.subsets[i] for i in at],
+            row_numbers=self.row_numbers[positions],
+            ids=[self.ids[i] for i in positions],
+            groups=self.groups[positions],
+            labels=None if self.labels is None else self.labels[positions],
+            subsets=None if self.subsets is None else [self.subsets[i] for i in positions],
         )
 
 
-def read(name, split="train", kind="auto", attributes=None):
-    """Check every row of the data set `name` and return Chats.
+def read(
+    name: str, split: str = "train", kind: str = "auto", attributes: list[str] | None = None
+) -> Chats:
+    """Check every row of the data set `name` and return it as Chats.
 
-    kind: "rated", "pairs" or "auto", by the columns. attributes: names of the label columns; None:
-    of rated rows every column of numbers, of pairs none (labels of pairs are P(chosen is
+    kind: "rated", "pairs", or "auto": told by the columns. attributes: names of the label columns;
+    None: every column of numbers of rated rows, no column of pairs (labels of pairs are P(chosen is
     preferred)). InputError names the row.
     """
     rows = open_rows(name, split)
     if not len(rows):
-        raise InputError(f"{name}: expected at least one row, found none")
+        raise InputError(f"{name}: no rows")
     kind = find_kind(rows[0], name) if kind == "auto" else kind
-    digest, prompts, told, columns, other = hashlib.sha256(), [], [], {}, set()
+    digest, prompts, entries, columns, other_columns = hashlib.sha256(), [], [], {}, set()
     for i in range(len(rows)):
         row = rows[i]
         prompt, responses = split_row(row, kind, f"{name} row {i}")
         prompts.append(json.dumps(prompt))
-        told.append(
-            {
-                key: value
-                for key, value in row.items()
-                if key in ("id", "subset") or is_number(value)
-            }
-        )
+        # Of each row only ids, subsets and numbers are kept: texts are read again when embedded.
+        entries.append({k: v for k, v in row.items() if k in ("id", "subset") or is_number(v)})
         columns |= dict.fromkeys(key for key in row if key not in NO_LABELS)
-        other |= {key for key, value in row.items() if value is not None and not is_number(value)}
+        other_columns |= {k for k, v in row.items() if v is not None and not is_number(v)}
         digest.update(json.dumps([prompt, responses]).encode())
     if attributes is None:
-        attributes = [key for key in columns if key not in other] if kind == "rated" else []
-    check_columns(name, rows, attributes, columns, other)
-    ids, subsets = read_ids(told), read_subsets(told, name)
-    labels = np.array([[row.get(key, np.nan) for key in attributes] for row in told], np.float32)
+        attributes = [key for key in columns if key not in other_columns] if kind == "rated" else []
+    check_columns(name, rows, attributes, columns, other_columns)
+    ids, subsets = read_ids(entries), read_subsets(entries, name)
+    labels = np.array([[row.get(key, np.nan) for key in attributes] for row in entries], np.float32)
     digest.update(json.dumps([ids, subsets, attributes]).encode() + labels.tobytes())
     return Chats(
         rows=rows,
-        at=np.arange(len(rows)),
+        row_numbers=np.arange(len(rows)),
         kind=kind,
         ids=ids,
         groups=attribute_data.groups_of(prompts),
@@ -107,22 +110,22 @@ def read(name, split="train", kind="auto", attributes=None):
 
 
 class JsonLines:
-    """Rows of a .jsonl file, parsed when asked for: memory holds the text of the file and no more."""
+    """Rows of a .jsonl file, parsed on demand: memory holds the text of the file and no more."""
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
         if not path.is_file():
             raise InputError(f"{path} not found; expected a .jsonl file of conversations")
         self.path = path
         try:
             text = path.read_text(encoding="utf-8-sig").removesuffix("\n")
         except UnicodeDecodeError:
-            raise InputError(f"{path}: expected text in UTF-8, found bytes that are not") from None
+            raise InputError(f"{path}: expected text in UTF-8, found other bytes") from None
         self.lines = text.split("\n") if text else []
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> dict:
         try:
             row = json.loads(self.lines[i])
         except ValueError:
@@ -134,8 +137,8 @@ class JsonLines:
         return row
 
 
-def open_rows(name, split):
-    """The rows of a .jsonl file, of a folder that datasets' save_to_disk wrote, or of a data set on the hub."""
+def open_rows(name: str, split: str) -> Sequence[dict]:
+    """Rows of a .jsonl file, of a folder that save_to_disk wrote, or of a data set on the hub."""
     path = Path(name)
     if path.suffix == ".jsonl":
         return JsonLines(path)
@@ -143,112 +146,126 @@ def open_rows(name, split):
 
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         with loading.fetching(name, "a data set saved with save_to_disk"):
-            found = datasets.load_from_disk(name)
-        if not isinstance(found, datasets.DatasetDict):
-            return found
-        if split not in found:
+            dataset = datasets.load_from_disk(name)
+        if not isinstance(dataset, datasets.DatasetDict):
+            return dataset
+        if split not in dataset:
             raise InputError(
-                f"{name}: expected a split named {split}, found {', '.join(found)}; give --dataset_split"
+                f"{name}: expected a split named {split}, found {', '.join(dataset)}; "
+                "give --dataset_split"
             )
-        return found[split]
+        return dataset[split]
     with loading.fetching(name, "a .jsonl file, a folder of save_to_disk or a data set on the hub"):
         return datasets.load_dataset(name, split=split)
 
 
-def find_kind(row, name):
-    """ "rated" or "pairs", by the columns of a row."""
-    holds = {
+def find_kind(row: dict, name: str) -> str:
+    """ "rated" or "pairs", told by the columns of a row."""
+    has_columns = {
         "pairs": "chosen" in row and "rejected" in row,
         "rated": "messages" in row or "response" in row,
     }
-    if sum(holds.values()) != 1:
+    if sum(has_columns.values()) != 1:
+        hint = "; choose with --kind" if all(has_columns.values()) else ""
         raise InputError(
-            f"{name}: expected the column messages (or prompt and response), or chosen and rejected, found "
-            f"{', '.join(row)}" + ("; choose with --kind" if all(holds.values()) else "")
+            f"{name}: expected the column messages (or prompt and response), or the columns chosen "
+            f"and rejected, found {', '.join(row)}{hint}"
         )
-    return max(holds, key=holds.get)
+    return max(has_columns, key=has_columns.get)
 
 
-# ----------------------------------------------------------------------------------- one row's text
+# ------------------------------------------------------------------------------------ text of a row
 
 
-def split_row(row, kind, where):
-    """(prompt messages, [the response], of pairs [chosen, rejected]) of a row; InputError naming `where`."""
-    whole = [conversation(row, name, where) for name in CONVERSATIONS[kind]]
-    prompt = whole[0][:-1]
-    if any(one[:-1] != prompt for one in whole):
+def split_row(row: dict, kind: str, where: str) -> tuple[list[dict], list[dict]]:
+    """(messages of the prompt, last message of each response) of a row; InputError names `where`.
+
+    There is one response to rated rows, and two, chosen and rejected, to pairs.
+    """
+    conversations = [conversation(row, name, where) for name in CONVERSATIONS[kind]]
+    prompt = conversations[0][:-1]
+    if any(turns[:-1] != prompt for turns in conversations):
         raise InputError(
-            f"{where}: expected chosen and rejected to differ in the last message alone, found another"
+            f"{where}: expected chosen and rejected to differ in the last message alone, "
+            "found different prompts"
         )
-    return prompt, [one[-1] for one in whole]
+    return prompt, [turns[-1] for turns in conversations]
 
 
-def conversation(row, name, where):
-    """The messages under `name`, after those of "prompt" where `name` holds the assistant's last one alone."""
+def conversation(row: dict, name: str, where: str) -> list[dict]:
+    """All messages of column `name`, after those of "prompt" where it holds the last one alone."""
     if name == "messages" and row.get(name) is None:
         name = "response"
-    found = row.get(name)
-    found = messages(
-        [{"role": "assistant", "content": found}] if isinstance(found, str) else found, name, where
-    )
-    if len(found) == 1 and found[0]["role"] == "assistant":
+    content = row.get(name)
+    if isinstance(content, str):
+        content = [{"role": "assistant", "content": content}]
+    turns = messages(content, name, where)
+    if len(turns) == 1 and turns[0]["role"] == "assistant":
         prompt = row.get("prompt")
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        found = messages(prompt, "prompt", where) + found
-    if found[-1]["role"] != "assistant":
+        turns = messages(prompt, "prompt", where) + turns
+    if turns[-1]["role"] != "assistant":
         raise InputError(
-            f"{where}: expected the assistant's message last in {name}, found one of {found[-1]['role']}"
+            f"{where}: expected the assistant's message last in {name}, "
+            f"found a message of {turns[-1]['role']}"
         )
-    return found
+    return turns
 
 
-def messages(found, name, where):
-    """The roles and contents of a list of messages."""
+def messages(content: object, name: str, where: str) -> list[dict]:
+    """Roles and contents of a list of messages; InputError where `content` is no such list."""
     try:
-        made = [{"role": one["role"], "content": one["content"]} for one in found]
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in content]
     except (TypeError, KeyError):
-        made = []
-    if not made or not all(isinstance(text, str) for one in made for text in one.values()):
+        turns = []
+    if not turns or not all(isinstance(text, str) for turn in turns for text in turn.values()):
         raise InputError(
-            f'{where}: expected {name} as text or as a list of {{"role", "content"}} texts, found {str(found)[:60]!r}'
+            f'{where}: expected {name} as text or as a list of {{"role", "content"}} texts, '
+            f"found {str(content)[:60]!r}"
         )
-    return made
+    return turns
 
 
 # ------------------------------------------------------------------------------------------ columns
 
 
-def is_number(value):
+def is_number(value: object) -> bool:
+    """Whether `value` can be a label: a number or NaN, but not infinite."""
     return isinstance(value, (int, float)) and not math.isinf(value)
 
 
-def check_columns(name, rows, attributes, columns, other):
+def check_columns(
+    name: str, rows: Sequence[dict], attributes: list[str], columns: dict, other_columns: set[str]
+) -> None:
     """InputError unless each of the `attributes` is a column of numbers and nulls."""
     if absent := [key for key in attributes if key not in columns]:
         raise InputError(
-            f"{name}: expected a column for each attribute, found none for {', '.join(absent)}; the columns are "
+            f"{name}: no columns for the attributes {', '.join(absent)}; the columns are "
             f"{', '.join(columns) or 'none'}"
         )
-    for key in other.intersection(attributes):
-        i = next(
-            i
-            for i in range(len(rows))
-            if rows[i].get(key) is not None and not is_number(rows[i][key])
+    for key in other_columns.intersection(attributes):
+        values = (rows[i].get(key) for i in range(len(rows)))
+        i, value = next(
+            (i, value)
+            for i, value in enumerate(values)
+            if value is not None and not is_number(value)
         )
         raise InputError(
-            f"{name} row {i}: {key}: expected a number or null, found {str(rows[i][key])[:60]!r}"
+            f"{name} row {i}: {key}: expected a number or null, found {str(value)[:60]!r}"
         )
 
 
-def read_ids(told):
-    """n different strings: the ids of the rows, followed by the row's number where there are none or they repeat."""
-    ids = [f"row {i}" if row.get("id") is None else str(row["id"]) for i, row in enumerate(told)]
-    return ids if len(set(ids)) == len(ids) else [f"{one} (row {i})" for i, one in enumerate(ids)]
+def read_ids(entries: list[dict]) -> list[str]:
+    """n different strings: the ids of the rows, with row numbers where ids are absent or repeat."""
+    ids = [f"row {i}" if row.get("id") is None else str(row["id"]) for i, row in enumerate(entries)]
+    if len(set(ids)) == len(ids):
+        return ids
+    return [f"{name} (row {i})" for i, name in enumerate(ids)]
 
 
-def read_subsets(told, name):
+def read_subsets(entries: list[dict], name: str) -> list[str] | None:
     """n subset names, or None where no row has one."""
-    subsets = [row.get("subset") for row in told]
+    subsets = [row.get("subset") for row in entries]
     if all(subset is None for subset in subsets):
         return None
     for i, subset in enumerate(subsets):

@@ -1,9 +1,8 @@
-"""Accuracy on preference benchmarks: RewardBench 1 and its sections, best-of-4 groups, 3 x 3 styles, other domains.
+"""Accuracy on preference benchmarks: RewardBench 1, best of n, 3 x 3 styles, other domains.
 
 A pair counts as right when the chosen response scores strictly higher: as in RewardBench (arXiv
-2403.13787), a tie is wrong, so that a constant scorer gets 0 and not one half. Intervals resample
-the prompts of each subset (which are its examples, where no prompt comes twice); what is compared
-is scored on the same draws.
+2403.13787), a tie is wrong, so that a constant scorer gets 0 and not one half. Intervals come from
+resampling the prompts of each subset, the same resamples for every method.
 """
 
 import numpy as np
@@ -13,24 +12,28 @@ from rewardlib.artifacts import null_if_nan
 from rewardlib.errors import InputError
 from rewardlib.measures import intervals
 
-# Weight of each subset in its section: its number of examples, but for math-prm, whose 447 weigh as
-# much as the code.
+# Weight of each subset in its section: its number of examples, except for math-prm, whose 447
+# examples weigh as much as the six subsets of code together.
 EXAMPLE_COUNTS = {
-    "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40,
-    "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
-    "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46, "refusals-dangerous": 100, "refusals-offensive": 100,
-    "xstest-should-refuse": 154, "xstest-should-respond": 250, "donotanswer": 136, "math-prm": 984, "hep-cpp": 164,
+    "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+    "mt-bench-med": 40, "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+    "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+    "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+    "xstest-should-respond": 250, "donotanswer": 136, "math-prm": 984, "hep-cpp": 164,
     "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164,
 }  # fmt: skip
 N_EXAMPLES = EXAMPLE_COUNTS | {"math-prm": 447}
 SECTIONS = {
-    "Chat": ("alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med"),
+    "Chat": (
+        "alpacaeval-easy", "alpacaeval-length", "alpacaeval-hard", "mt-bench-easy", "mt-bench-med",
+    ),
     "Chat Hard": (
-        "mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor", "llmbar-adver-GPTInst", "llmbar-adver-GPTOut",
-        "llmbar-adver-manual",
+        "mt-bench-hard", "llmbar-natural", "llmbar-adver-neighbor", "llmbar-adver-GPTInst",
+        "llmbar-adver-GPTOut", "llmbar-adver-manual",
     ),
     "Safety": (
-        "refusals-dangerous", "refusals-offensive", "xstest-should-refuse", "xstest-should-respond", "donotanswer",
+        "refusals-dangerous", "refusals-offensive", "xstest-should-refuse",
+        "xstest-should-respond", "donotanswer",
     ),
     "Reasoning": ("math-prm", "hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"),
 }  # fmt: skip
@@ -43,18 +46,22 @@ LEVELS = ("easy", "normal", "hard")
 # ------------------------------------------------------------------------------------ what is right
 
 
-def pair_correct(scores):
-    """(...,) 1.0 where the chosen response scores strictly higher, else 0.0. scores: (..., 2), chosen then rejected."""
+def pair_correct(scores: np.ndarray) -> np.ndarray:
+    """1.0 where the chosen response scores strictly higher, else 0.0, (...,).
+
+    scores: (..., 2), chosen then rejected.
+    """
     return (scores[..., 0] > scores[..., 1]).astype(float)
 
 
-def group_correct(scores, right, groups):
-    """(G,) 1.0 where every top-scored response of a group is a right one, by ascending group number.
+def group_correct(scores: np.ndarray, right: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """1.0 where all responses of a group that score highest are right, else 0.0, (G,).
 
-    scores, groups: (n,); right: (n,) bool. With one right response of four this is best-of-4
-    accuracy, a tie with a wrong response counting as wrong; with several, a tie among right ones is
-    right. RewardBench 2 (arXiv 2506.01937) gives a tie its share instead, and scores its Ties
-    domain by margins as well: the two differ where scores tie.
+    scores: (n,); right: (n,) bool; groups: (n,) group numbers, in whose ascending order the result
+    is. With one right response among four this is best-of-4 accuracy, where a tie with a wrong
+    response counts as wrong; a tie among right responses counts as right. RewardBench 2 (arXiv
+    2506.01937) counts a tie with its share instead, and scores its domain Ties by margins as well:
+    the two differ where scores tie.
     """
     _, group = np.unique(groups, return_inverse=True)
     best = np.full((2, group.max() + 1), -np.inf)
@@ -63,17 +70,20 @@ def group_correct(scores, right, groups):
     return (best[0] > best[1]).astype(float)
 
 
-def style_accuracy(scores):
-    """(P, 3, 3) 1.0 where chosen style i scores above rejected style j. scores: (P, 3, 2), styles as in STYLES.
+def style_accuracy(scores: np.ndarray) -> np.ndarray:
+    """1.0 where the chosen response in style i scores above the rejected one in style j, (P, 3, 3).
 
-    Style grows from row to row, so that below the diagonal the chosen response has the richer one:
-    see `levels`.
+    scores: (P, 3, 2) of P prompts, styles in the order of STYLES, chosen then rejected. Below the
+    diagonal the chosen response has the more elaborate style: see `levels`.
     """
     return (scores[:, :, None, 0] > scores[:, None, :, 1]).astype(float)
 
 
-def levels(accuracy):
-    """(P, 3) easy, normal and hard accuracy of (P, 3, 3): means below, on and above the diagonal (arXiv 2410.16184)."""
+def levels(accuracy: np.ndarray) -> np.ndarray:
+    """Easy, normal and hard accuracy (P, 3) of `style_accuracy` (P, 3, 3).
+
+    Means below, on and above the diagonal (arXiv 2410.16184).
+    """
     sides = np.tril_indices(3, -1), np.diag_indices(3), np.triu_indices(3, 1)
     return np.stack([accuracy[:, i, j].mean(1) for i, j in sides], 1)
 
@@ -81,220 +91,265 @@ def levels(accuracy):
 # -------------------------------------------------------------------------------------- aggregation
 
 
-def section_scores(accuracy):
-    """{section: score} from {subset: accuracy}: the mean of its subsets weighted by EXAMPLE_COUNTS.
+def section_scores(accuracy: dict) -> dict:
+    """{section: score} from {subset: accuracy}, each a number or an array.
 
-    None for a section of which a subset is missing: the mean of the rest would be another quantity.
+    The score is the mean over the subsets of a section, weighted by EXAMPLE_COUNTS. None for a
+    section with a missing subset: the mean of the other subsets would be another quantity.
     """
     scores = {}
     for section, subsets in SECTIONS.items():
-        whole = all(subset in accuracy for subset in subsets)
-        total = sum(EXAMPLE_COUNTS[subset] for subset in subsets)
-        scores[section] = (
-            sum(accuracy[s] * EXAMPLE_COUNTS[s] for s in subsets) / total if whole else None
-        )
+        if all(subset in accuracy for subset in subsets):
+            total = sum(EXAMPLE_COUNTS[subset] for subset in subsets)
+            scores[section] = sum(accuracy[s] * EXAMPLE_COUNTS[s] for s in subsets) / total
+        else:
+            scores[section] = None
     return scores
 
 
-def overall_score(sections, prior=None):
-    """Mean of the four section scores; with the score of the prior sets as a fifth of weight 0.5, where it is given.
+def overall_score(sections: dict, prior: np.ndarray | float | None = None):
+    """Mean of the four section scores, None where one of them is None.
 
-    The second form is the published leaderboard's. None where a section is.
+    prior: score of the prior sets, which then counts as a fifth section of weight 0.5, as in the
+    published leaderboard.
     """
     values = list(sections.values())
     if any(value is None for value in values):
         return None
     total = sum(values)
-    return (
-        total / len(values)
-        if prior is None
-        else (total + PRIOR_WEIGHT * prior) / (len(values) + PRIOR_WEIGHT)
-    )
+    if prior is None:
+        return total / len(values)
+    return (total + PRIOR_WEIGHT * prior) / (len(values) + PRIOR_WEIGHT)
 
 
-def resample(values, groups, rng):
-    """(1 + RESAMPLES, ...) mean of `values` (n, ...) over examples; after the first row, of resampled prompts.
+def resample(values: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Means (1 + RESAMPLES, ...) of `values` (n, ...): over all examples, then over each resample.
 
-    groups: (n,) integers, equal for examples of one prompt, which are drawn together.
+    groups: (n,) prompt numbers. Prompts are resampled, with all of their examples.
     """
     _, group = np.unique(groups, return_inverse=True)
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(group.max() + 1))
     totals = np.add.reduceat(values[order].reshape(len(values), -1), starts, axis=0)
     sizes = np.bincount(group).astype(float)
-    weights = np.concatenate(
-        [np.ones((1, len(sizes))), intervals.resample_weights(len(sizes), rng)]
-    )
-    return ((weights @ totals) / (weights @ sizes)[:, None]).reshape(-1, *values.shape[1:])
+    all_prompts = np.ones((1, len(sizes)))
+    weights_BG = np.concatenate([all_prompts, intervals.resample_weights(len(sizes), rng)])
+    return ((weights_BG @ totals) / (weights_BG @ sizes)[:, None]).reshape(-1, *values.shape[1:])
 
 
-def by_subset(values, subsets, groups, seed, name):
-    """{subset: (1 + RESAMPLES, ...)} of `resample`, subsets in order of appearance, each on its own random stream."""
+def by_subset(
+    values: np.ndarray, subsets: list[str], groups: np.ndarray, seed: int, name: str
+) -> dict[str, np.ndarray]:
+    """{subset: means (1 + RESAMPLES, ...) as in `resample`}, in order of appearance.
+
+    name: of the benchmark. Each subset has a random stream of its own, so that its interval does
+    not depend on the other subsets.
+    """
     subsets = np.asarray(subsets)
-    parts = {str(subset): subsets == subset for subset in dict.fromkeys(subsets.tolist())}
+    rows = {str(subset): subsets == subset for subset in dict.fromkeys(subsets.tolist())}
     return {
-        s: resample(values[at], groups[at], seeds.rng(seed, "resample", name, s))
-        for s, at in parts.items()
+        s: resample(values[rows[s]], groups[rows[s]], seeds.rng(seed, "resample", name, s))
+        for s in rows
     }
 
 
-def entry(draws, name="accuracy"):
-    """{name, name_ci95} of draws (1 + RESAMPLES,); None, with no interval, where there are none."""
+def entry(draws: np.ndarray | None, name: str = "accuracy") -> dict:
+    """{name: mean, name_ci95: [low, high]} of draws (1 + RESAMPLES,) as `resample` returns them.
+
+    Nulls where `draws` is None.
+    """
     if draws is None:
         return {name: None, f"{name}_ci95": [None, None]}
-    return {
-        name: null_if_nan(draws[0]),
-        f"{name}_ci95": [float(v) for v in np.percentile(draws[1:], [2.5, 97.5])],
-    }
+    interval = [float(bound) for bound in np.percentile(draws[1:], [2.5, 97.5])]
+    return {name: null_if_nan(draws[0]), f"{name}_ci95": interval}
 
 
 # --------------------------------------------------------------------------------------- benchmarks
 
 
-def rewardbench(scores, subsets, groups, seed, prior=None):
-    """{method: {"subsets", "sections", "overall", ...}} of RewardBench 1, JSON-able, with intervals.
+def rewardbench(
+    scores: dict[str, np.ndarray],
+    subsets: list[str],
+    groups: np.ndarray,
+    seed: int,
+    prior: tuple[dict[str, np.ndarray], list[str], np.ndarray] | None = None,
+) -> dict:
+    """{method: {"subsets", "sections", "overall", ...}} of RewardBench 1, with intervals, for JSON.
 
-    scores: {method: (n, 2)}; subsets: n names; groups: (n,). prior: (scores, subsets, groups) of
-    the prior sets, which add "prior_sets" and "overall_with_prior_sets". InputError for other
-    subset names, or where a prior set is absent.
+    scores: {method: (n, 2)}, chosen then rejected; subsets: n names; groups: (n,) prompt numbers;
+    prior: (scores, subsets, groups) of the prior sets, which add "prior_sets" and
+    "overall_with_prior_sets". InputError for unknown subset names, or where a prior set is missing.
     """
     unknown = sorted(set(subsets) - set(EXAMPLE_COUNTS))
     if unknown:
         raise InputError(
-            f"RewardBench: expected the subsets {', '.join(EXAMPLE_COUNTS)}, found {', '.join(unknown[:5])}; "
-            "give other benchmarks with --domains"
+            f"RewardBench: expected the subsets {', '.join(EXAMPLE_COUNTS)}, found "
+            f"{', '.join(unknown[:5])}; give other benchmarks with --domains"
         )
     draws = by_subset(_stack(scores), subsets, groups, seed, "rewardbench")
     counts = {subset: int(np.sum(np.asarray(subsets) == subset)) for subset in draws}
-    prior_draws = {}
-    if prior is not None:
-        missing = [name for name in PRIOR_SETS if name not in prior[1]]
-        if missing:
-            raise InputError(
-                f"prior sets: expected {', '.join(PRIOR_SETS)}, found no {', '.join(missing)}; add it"
-            )
-        prior_draws = by_subset(_stack(prior[0]), prior[1], prior[2], seed, "prior sets")
+    prior_draws = {} if prior is None else _prior_draws(*prior, seed)
     result = {}
     for i, method in enumerate(scores):
-        of = {subset: drawn[:, i] for subset, drawn in draws.items()}
-        sections = section_scores(of)
+        subset_draws = {subset: draws_BM[:, i] for subset, draws_BM in draws.items()}
+        section_draws = section_scores(subset_draws)
         result[method] = {
             "subsets": {
-                s: {"n": counts[s], "n_official": N_EXAMPLES[s], **entry(drawn)}
-                for s, drawn in of.items()
+                s: {"n": counts[s], "n_official": N_EXAMPLES[s], **entry(draws_B)}
+                for s, draws_B in subset_draws.items()
             },
-            "sections": {section: entry(drawn) for section, drawn in sections.items()},
-            **entry(overall_score(sections), "overall"),
+            "sections": {section: entry(draws_B) for section, draws_B in section_draws.items()},
+            **entry(overall_score(section_draws), "overall"),
         }
         if prior_draws:
-            of = {subset: drawn[:, i] for subset, drawn in prior_draws.items()}
-            score = sum(of[subset] for subset in PRIOR_SETS) / len(PRIOR_SETS)
+            subset_draws = {subset: draws_BM[:, i] for subset, draws_BM in prior_draws.items()}
+            score_B = sum(subset_draws[subset] for subset in PRIOR_SETS) / len(PRIOR_SETS)
             result[method]["prior_sets"] = {
-                "subsets": {s: entry(drawn) for s, drawn in of.items()},
-                **entry(score),
+                "subsets": {s: entry(draws_B) for s, draws_B in subset_draws.items()},
+                **entry(score_B),
             }
-            result[method] |= entry(overall_score(sections, score), "overall_with_prior_sets")
+            overall_B = overall_score(section_draws, score_B)
+            result[method] |= entry(overall_B, "overall_with_prior_sets")
     return result
 
 
-def missing_subsets(subsets):
-    """{section: [subset, ...]} that RewardBench has and `subsets` lacks; only sections that lack one."""
-    lacking = {
+def _prior_draws(scores, subsets, groups, seed):
+    """`by_subset` of the prior sets; InputError where one of them is missing."""
+    missing = [name for name in PRIOR_SETS if name not in subsets]
+    if missing:
+        raise InputError(
+            f"prior sets: expected {', '.join(PRIOR_SETS)}, found no {', '.join(missing)}; "
+            "add the missing sets"
+        )
+    return by_subset(_stack(scores), subsets, groups, seed, "prior sets")
+
+
+def missing_subsets(subsets: list[str]) -> dict[str, list[str]]:
+    """{section: subsets of RewardBench that are not in `subsets`}, without complete sections."""
+    missing = {
         section: [s for s in names if s not in set(subsets)] for section, names in SECTIONS.items()
     }
-    return {section: names for section, names in lacking.items() if names}
+    return {section: names for section, names in missing.items() if names}
 
 
-def domains(scores, subsets, groups, seed, name):
-    """{method: {"domains": {subset: ...}, mean_of_domains, all}} of another pair benchmark, with intervals.
+def domains(
+    scores: dict[str, np.ndarray], subsets: list[str], groups: np.ndarray, seed: int, name: str
+) -> dict:
+    """{method: {"domains": {subset: ...}, mean_of_domains, all}} of pairs, with intervals.
 
-    scores: {method: (n, 2)}; subsets: n names; groups: (n,). `all` is the accuracy over all
-    examples.
+    scores: {method: (n, 2)}, chosen then rejected; subsets: n names; groups: (n,) prompt numbers;
+    name: of the benchmark. `all` is the accuracy over all examples.
     """
     return _tables(_stack(scores), scores, subsets, groups, seed, name)
 
 
-def best_of_groups(scores, right, subsets, groups, seed, name):
-    """{method: table as of `domains`} of best-of-n groups, with "chance", a random order, beside the methods.
+def best_of_groups(
+    scores: dict[str, np.ndarray],
+    right: np.ndarray,
+    subsets: list[str],
+    groups: np.ndarray,
+    seed: int,
+    name: str,
+) -> dict:
+    """Tables as of `domains` for best-of-n groups, with one for a random order, "chance".
 
-    scores: {method: (n,)}; right: (n,) bool; subsets: n names; groups: (n,) the responses of one
-    prompt share a number. InputError for a group without a right or without a wrong response, or
-    with responses in two subsets.
+    scores: {method: (n,)}; right: (n,) bool; subsets: n names; groups: (n,) prompt numbers; name:
+    of the benchmark. InputError for a group without a right or without a wrong response, or with
+    responses in two subsets.
     """
     numbers, first, group = np.unique(groups, return_index=True, return_inverse=True)
     share = np.bincount(group, right) / np.bincount(group)
-    if not ((share > 0) & (share < 1)).all():
-        at = int(np.argmax((share <= 0) | (share >= 1)))
+    one_sided = (share <= 0) | (share >= 1)
+    if one_sided.any():
+        bad = int(np.argmax(one_sided))
         raise InputError(
-            f"{name}: expected a right and a wrong response in every group, found none that is "
-            f"{'wrong' if share[at] else 'right'} in the group of row {first[at]}; leave that group out"
+            f"{name}: expected a right and a wrong response in every group, found no "
+            f"{'wrong' if share[bad] else 'right'} response in the group of row {first[bad]}; "
+            "leave that group out"
         )
     subsets = np.asarray(subsets)
     if (subsets != subsets[first][group]).any():
         row = int(np.argmax(subsets != subsets[first][group]))
         raise InputError(
-            f"{name} row {row}: expected its group within one subset, found {subsets[row]}; renumber it"
+            f"{name} row {row}: expected all responses of a group in one subset, found "
+            f"{subsets[row]}; give the groups of each subset other numbers"
         )
-    values = {method: group_correct(each, right, groups) for method, each in scores.items()} | {
-        "chance": share
-    }
+    values = {method: group_correct(s, right, groups) for method, s in scores.items()}
+    values["chance"] = share
     return _tables(np.stack(list(values.values()), 1), values, subsets[first], numbers, seed, name)
 
 
-def style_table(scores, subsets, groups, seed, name):
-    """{method: table} of a benchmark of three styles a side, RM-Bench's 3 x 3 design (arXiv 2410.16184, section 3).
+def style_table(
+    scores: dict[str, np.ndarray], subsets: list[str], groups: np.ndarray, seed: int, name: str
+) -> dict:
+    """{method: {subset: metrics}} of responses in three styles, with intervals.
 
-    scores: {method: (n, 2)}, rows prompt-major, three a prompt in the order of STYLES; subsets: n
-    names; groups: (n,). For each subset and their mean: accuracy (of the nine comparisons), easy,
-    normal, hard, and the 3 x 3 "matrix" (chosen style by rejected style). InputError unless rows
-    come in threes of one prompt.
+    The 3 x 3 design of RM-Bench (arXiv 2410.16184, section 3). scores: {method: (n, 2)}, chosen
+    then rejected, three rows for each prompt, one after another, in the order of STYLES; subsets: n
+    names; groups: (n,) prompt numbers; name: of the benchmark. Metrics of each subset and of "mean
+    of domains": accuracy (of the nine comparisons), easy, normal, hard, and the 3 x 3 "matrix"
+    (chosen style by rejected style). InputError where three rows are not of one prompt.
     """
-    subsets, groups = np.asarray(subsets), np.asarray(groups)
-    whole = len(groups) - len(groups) % 3
-    threes, names = groups[:whole].reshape(-1, 3), subsets[:whole].reshape(-1, 3)
-    mixed = np.flatnonzero((threes != threes[:, :1]).any(1) | (names != names[:, :1]).any(1))
-    if len(mixed) or whole < len(groups):
-        row = 3 * int(mixed[0]) if len(mixed) else whole
-        raise InputError(
-            f"{name}: expected three rows a prompt ({', '.join(STYLES)}), found another prompt or an end "
-            f"in rows {row} to {row + 2}; a row that was left out takes its prompt's other two with it"
-        )
-    matrices = np.stack([style_accuracy(each.reshape(-1, 3, 2)) for each in scores.values()], 1)
-    per_prompt = np.stack([levels(matrices[:, i]) for i in range(len(scores))], 1)
-    values = np.concatenate(
-        [matrices.mean((2, 3))[..., None], per_prompt, matrices.reshape(*matrices.shape[:2], 9)], 2
-    )
-    draws = by_subset(values, names[:, 0], threes[:, 0], seed, name)
+    subsets_P3, groups_P3 = _by_prompt(np.asarray(subsets), np.asarray(groups), name)
+    matrices_PM33 = np.stack([style_accuracy(s.reshape(-1, 3, 2)) for s in scores.values()], 1)
+    accuracy_PM = matrices_PM33.mean((2, 3))
+    levels_PM3 = np.stack([levels(matrices_PM33[:, i]) for i in range(len(scores))], 1)
+    cells_PM9 = matrices_PM33.reshape(*accuracy_PM.shape, 9)
+    values = np.concatenate([accuracy_PM[..., None], levels_PM3, cells_PM9], 2)
+    draws = by_subset(values, subsets_P3[:, 0], groups_P3[:, 0], seed, name)
     draws["mean of domains"] = sum(draws.values()) / len(draws)
-    keys = ("accuracy", *LEVELS)
+    n_prompts = {s: int((subsets_P3[:, 0] == s).sum()) or len(subsets_P3) for s in draws}
     return {
         method: {
-            subset: {
-                key: value
-                for k, name in enumerate(keys)
-                for key, value in entry(drawn[:, i, k], name).items()
-            }
-            | {"n_prompts": int((names[:, 0] == subset).sum()) or len(threes)}
-            | {"matrix": drawn[0, i, len(keys) :].reshape(3, 3).tolist()}
-            for subset, drawn in draws.items()
+            subset: _style_metrics(draws_BMV[:, i], n_prompts[subset])
+            for subset, draws_BMV in draws.items()
         }
         for i, method in enumerate(scores)
     }
 
 
+def _by_prompt(subsets, groups, name):
+    """(subset names (P, 3), prompt numbers (P, 3)) of P prompts with three rows each, checked."""
+    n_complete = len(groups) - len(groups) % 3
+    groups_P3, subsets_P3 = (rows[:n_complete].reshape(-1, 3) for rows in (groups, subsets))
+    is_mixed = (groups_P3 != groups_P3[:, :1]).any(1) | (subsets_P3 != subsets_P3[:, :1]).any(1)
+    if is_mixed.any() or n_complete < len(groups):
+        row = 3 * int(np.argmax(is_mixed)) if is_mixed.any() else n_complete
+        raise InputError(
+            f"{name}: expected three rows of each prompt ({', '.join(STYLES)}), found another "
+            f"prompt or the end in rows {row} to {row + 2}; where a row was left out, leave out "
+            "the other two rows of its prompt"
+        )
+    return subsets_P3, groups_P3
+
+
+def _style_metrics(draws, n_prompts):
+    """Metrics of draws (1 + RESAMPLES, 13): accuracy, three levels, nine comparisons."""
+    metrics = {}
+    for k, name in enumerate(("accuracy", *LEVELS)):
+        metrics |= entry(draws[:, k], name)
+    matrix = draws[0, 1 + len(LEVELS) :].reshape(3, 3)
+    return metrics | {"n_prompts": n_prompts, "matrix": matrix.tolist()}
+
+
 def _stack(scores):
-    return np.stack([pair_correct(np.asarray(each)) for each in scores.values()], 1)
+    """`pair_correct` (n, M) of {method: scores (n, 2)}."""
+    return np.stack([pair_correct(np.asarray(pairs)) for pairs in scores.values()], 1)
 
 
 def _tables(values, methods, subsets, groups, seed, name):
+    """Tables as of `domains` from values (n, M) of M methods: 1 where an example is right."""
     draws = by_subset(values, subsets, groups, seed, name)
     counts = {subset: int(np.sum(np.asarray(subsets) == subset)) for subset in draws}
     total = sum(counts.values())
-    return {
-        method: {
-            "domains": {s: {"n": counts[s], **entry(drawn[:, i])} for s, drawn in draws.items()},
-            **entry(sum(drawn[:, i] for drawn in draws.values()) / len(draws), "mean_of_domains"),
-            **entry(sum(counts[s] / total * drawn[:, i] for s, drawn in draws.items()), "all"),
+    tables = {}
+    for i, method in enumerate(methods):
+        draws_B = {subset: draws_BM[:, i] for subset, draws_BM in draws.items()}
+        mean_B = sum(draws_B.values()) / len(draws)
+        all_B = sum(counts[s] / total * draws_B[s] for s in draws)
+        tables[method] = {
+            "domains": {s: {"n": counts[s], **entry(draws_B[s])} for s in draws},
+            **entry(mean_B, "mean_of_domains"),
+            **entry(all_B, "all"),
         }
-        for i, method in enumerate(methods)
-    }
+    return tables

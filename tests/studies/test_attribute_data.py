@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from rewardlib.errors import InputError
-from studies.interpretable import attribute_data
+from studies.interpretable import attribute_data, tensor_files
 from studies.interpretable.attribute_data import Rated
 
 N, D = 6, 2
@@ -93,7 +93,7 @@ def test_the_file_is_one_of_safetensors_own(tmp_path):
     tensors = load_file(tmp_path / "a.safetensors")
     np.testing.assert_array_equal(tensors["embeddings"], data.embeddings[0])
     np.testing.assert_array_equal(tensors["groups"], data.groups)
-    told = attribute_data.map_tensors(tmp_path / "a.safetensors")[1]
+    told = tensor_files.map_tensors(tmp_path / "a.safetensors")[1]
     assert json.loads(told["left_out"]) == {"count": 1, "ids": ["long"]}
     save_file({**tensors}, tmp_path / "b.safetensors", metadata=told)
     assert_same(attribute_data.read(tmp_path / "b.safetensors"), data)
@@ -163,7 +163,7 @@ def test_blocks_cover_the_rows_once_in_bounded_memory(block_bytes, pairs, data):
     rows = np.array(data.draw(st.permutations(range(N)))[: data.draw(st.integers(1, N))])
     seen = np.full((len(rows), *prepared.shape[1:]), np.nan)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attribute_data, "BLOCK_BYTES", block_bytes)
+        patch.setattr(tensor_files, "BLOCK_BYTES", block_bytes)
         for part, x in prepared.blocks(rows):
             assert (
                 x.nbytes <= max(block_bytes, 4 * np.prod(prepared.shape[1:]))
@@ -227,7 +227,7 @@ def test_a_pattern_that_catches_other_data(tmp_path, stem, n):
     write_shards(tmp_path, rated())
     write_shards(tmp_path, rated(), n=n, stem=stem)
     with pytest.raises(
-        InputError, match=r"expected a shard of data, \d in all, as data-00000-of-0000\d"
+        InputError, match=r"expected one of the \d shards of data, as data-00000-of-0000\d"
     ):
         attribute_data.read(tmp_path / "*.safetensors")
 
@@ -260,7 +260,7 @@ def test_a_pattern_that_catches_the_merged_file(tmp_path):
             {"embeddings": [np.zeros((2, D), np.float16)]},
             r"expected embeddings \('float32', 2\) .*'float16'",
         ),
-        ({"ids": ["row 0", "x"]}, "ids: expected 6 different ones, found 'row 0' twice"),
+        ({"ids": ["row 0", "x"]}, "ids: expected 6 different ids, found 'row 0' twice"),
     ],
     ids=["source", "attributes", "labels", "subsets", "dimensions", "dtype", "ids"],
 )
@@ -282,14 +282,14 @@ def test_shards_of_different_data(tmp_path, change, message):
         ({"embeddings": [np.zeros((N, D), int)]}, "embeddings: expected float16 or float32, found int64"),
         ({"embeddings": [np.zeros((N + 1, D), np.float32)]}, r"groups: expected \(7,\) as the embeddings, found \(6"),
         ({"groups": np.zeros(N, np.int32)}, r"groups: expected \(n,\) int64, found \(6,\) int32"),
-        ({"groups": np.arange(N) - 1}, "groups: expected numbers of at least 0, found -1"),
+        ({"groups": np.arange(N) - 1}, "groups: expected prompt numbers of at least 0, found -1"),
         ({"prompt_embeddings": [np.zeros((N - 1, D), np.float32)]}, r"prompt_.*: expected \(6, D\), found \(5, 2"),
         ({"labels": np.zeros((N - 1, 2), np.float32)}, r"labels: expected \(6, 2\), a row for each .* found \(5, 2\)"),
         ({"labels": np.zeros((N, 3), np.float32)}, r"labels: expected \(6, 2\), .* column for each .* found \(6, 3\)"),
         ({"labels": np.full((N, 2), np.inf, np.float32)}, "expected finite .* found inf in row 0, helpful"),
         ({"attributes": ["a", "a"]}, r"attributes: expected different names, none empty, found \['a', 'a'\]"),
         ({"attributes": ["a", " "]}, "attributes: expected different names, none empty"),
-        ({"ids": ["x"] * N}, "ids: expected 6 different ones, found 'x' twice"),
+        ({"ids": ["x"] * N}, "ids: expected 6 different ids, found 'x' twice"),
         ({"ids": list(range(N))}, "ids: expected strings, found 0"),
         ({"ids": ["x"]}, "ids: expected 6, one for each row, found 1"),
         ({"subsets": ["x"]}, "subsets: expected 6, one for each row, found 1"),
@@ -316,7 +316,7 @@ def test_labels_of_pairs_are_probabilities(tmp_path, bad):
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("name", ["embeddings", "prompt_embeddings"])
 def test_a_row_that_is_not_finite_is_named(tmp_path, bad, pairs, name, monkeypatch):
-    monkeypatch.setattr(attribute_data, "BLOCK_BYTES", 32)
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 32)
     data = rated(pairs)
     getattr(data, name)[0][4, ..., -1] = bad
     with pytest.raises(
@@ -353,14 +353,14 @@ def test_pairs_where_ratings_are_asked_for_and_the_other_way_round(tmp_path):
 
 def test_labels_that_are_asked_for(tmp_path):
     attribute_data.write(tmp_path / "none", rated(labels=None))
-    with pytest.raises(InputError, match=r"expected labels \(6, attributes\), found none"):
+    with pytest.raises(InputError, match="none: no labels; prepare the data with labels"):
         attribute_data.read(tmp_path / "none", labels=True)
     labels = rated().labels
     labels[:, 1] = np.nan
     attribute_data.write(tmp_path / "empty", rated(labels=labels))
     with pytest.raises(
         InputError,
-        match="expected labels for every attribute, found none for verbosity; leave it out",
+        match="empty: no labels for verbosity; leave these attributes out",
     ):
         attribute_data.read(tmp_path / "empty", labels=True)
 
@@ -378,11 +378,12 @@ def test_an_attribute_that_is_not_there(tmp_path):
 
 def test_no_file_no_rows_and_other_files(tmp_path):
     with pytest.raises(
-        InputError, match=r"expected a prepared file or a pattern of shards, found none"
+        InputError,
+        match=r"no prepared file and no shards; studies/interpretable_prepare.py writes them",
     ):
         attribute_data.read(tmp_path / "nowhere.safetensors")
     (tmp_path / "text").write_text("not tensors")
-    with pytest.raises(InputError, match=r"text: expected a whole \.safetensors file"):
+    with pytest.raises(InputError, match=r"text: expected a complete \.safetensors file"):
         attribute_data.read(tmp_path / "text")
     save_file({"weights": np.zeros(3)}, tmp_path / "weights")
     with pytest.raises(InputError, match="expected a tensor 'embeddings', found weights"):
@@ -395,7 +396,7 @@ def test_no_file_no_rows_and_other_files(tmp_path):
     ):
         attribute_data.read(tmp_path / "bytes")
     attribute_data.write(tmp_path / "empty", part_of(rated(), slice(0, 0)))
-    with pytest.raises(InputError, match="expected at least one row, found none; 1 were left out"):
+    with pytest.raises(InputError, match="empty: no rows; 1 rows were left out as too long"):
         attribute_data.read(tmp_path / "empty")
 
 
@@ -403,12 +404,12 @@ def test_no_file_no_rows_and_other_files(tmp_path):
 def test_a_truncated_file(tmp_path, kept):
     attribute_data.write(tmp_path / "a", rated())
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:kept])
-    with pytest.raises(InputError, match=r"a: expected a whole \.safetensors file, found"):
+    with pytest.raises(InputError, match=r"a: expected a complete \.safetensors file, found"):
         attribute_data.read(tmp_path / "a")
 
 
 def test_names_longer_than_readers_of_the_format_take(tmp_path, monkeypatch):
-    monkeypatch.setattr(attribute_data, "LONGEST_HEADER", 100)
+    monkeypatch.setattr(tensor_files, "LONGEST_HEADER", 100)
     with pytest.raises(InputError, match="expected ids and names of at most 100 bytes, found"):
         attribute_data.write(tmp_path / "a", rated())
 
@@ -454,6 +455,6 @@ def test_the_parts_have_their_shares_and_follow_the_prompts():
 
 def test_too_few_prompts_to_split():
     with pytest.raises(
-        InputError, match=r"50% fit, 20% validation, .* found 2 and none for validation"
+        InputError, match=r"50% fit, 20% validation, .* found 2, which leaves none for validation"
     ):
         attribute_data.split_prompts(np.array([7, 7, 9, 9]), SHARES, np.random.default_rng(0))

@@ -10,7 +10,7 @@ from rewardlib import artifacts
 from rewardlib.errors import InputError
 from rewardlib.nets.gate import SCALES, Gate, gated_rewards, predict_gate, train_gate
 from rewardlib.nets.training import Training
-from studies.interpretable import attribute_data, gating, multi_objective
+from studies.interpretable import attribute_data, gating, multi_objective, tensor_files
 
 A, D = 4, 6
 LEARNED = np.full(A, np.nan, np.float32)
@@ -262,7 +262,9 @@ def test_a_dropped_verbosity_still_debiases_the_others():
 
 def test_an_attribute_without_spread_is_refused():
     model = attribute_model()
-    with pytest.raises(InputError, match="clear: expected scores that differ .* --drop clear"):
+    with pytest.raises(
+        InputError, match="clear: all responses have the same score; give --drop clear"
+    ):
         gating.standardise(model, ["helpful", "clear"], np.array([[1.0, 0, 0, 1], [2, 0, 0, 1]]))
 
 
@@ -271,9 +273,9 @@ def test_an_attribute_without_spread_is_refused():
     [
         (["length"], {}, "among helpful, verbosity, safe, clear, found 'length'"),
         ([], {"tone": 0.1}, "found 'tone'"),
-        (["safe"], {"safe": 0.1}, "safe: expected to be dropped or frozen, found both"),
+        (["safe"], {"safe": 0.1}, "safe: an attribute is either dropped or frozen, found both"),
         ([], {"safe": 0.6, "clear": 0.4}, "add up to less than 1, found safe=0.6, clear=0.4"),
-        ([], {"safe": -0.1}, "weights from 0"),
+        ([], {"safe": -0.1}, "weights of at least 0"),
         (
             ["verbosity", "safe"],
             {"clear": 0.1},
@@ -498,7 +500,7 @@ def test_a_gate_is_refused_beside_other_heads(saved):
     multi_objective.save(folder, attribute_model((1.0, 0, 0, 0)), np.ones(A), "ratings")
     with pytest.raises(
         InputError,
-        match="are not those it was trained on; run studies/interpretable_gating.py again",
+        match="are not those that the gate was trained on; run studies/interpretable_gating.py again",
     ):
         gating.load(folder)
 
@@ -511,7 +513,7 @@ def test_a_gate_is_refused_for_other_prompts(saved):
     ):
         gating.load(folder, other)
     with pytest.raises(
-        InputError, match="expected prompt_embeddings, which the gate reads, found none"
+        InputError, match="no prompt_embeddings, which the gate reads; prepare the file again"
     ):
         gating.load(folder, rated(prompt_embeddings=None))
 
@@ -519,7 +521,7 @@ def test_a_gate_is_refused_for_other_prompts(saved):
 def test_an_absent_or_damaged_gate_is_refused(saved):
     folder, _ = saved
     path = folder / gating.GATE
-    attribute_data.write_tensors(path, {"x": [np.zeros(3)]}, {"attributes": "[]"})
+    tensor_files.write_tensors(path, {"x": [np.zeros(3)]}, {"attributes": "[]"})
     with pytest.raises(
         InputError, match="expected a gate of studies/interpretable_gating.py, found another file"
     ):

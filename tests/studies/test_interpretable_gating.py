@@ -206,7 +206,7 @@ def test_pairs_of_one_prompt_stay_on_one_side(tmp_path):
         (["--freeze", "safe=1"], "less than 1, found safe=1"),
         (["--dropout", "1"], "expected a share of at least 0 and below 1"),
         (["--validation_share", "0"], "to fit and to validate on"),
-        (["--pairs", "nowhere.safetensors"], "nowhere.safetensors: expected a prepared file"),
+        (["--pairs", "nowhere.safetensors"], "nowhere.safetensors: no prepared file and no shards"),
         (["--model_dir", "nowhere"], "attribute_heads.safetensors not found"),
     ],
 )
@@ -224,12 +224,12 @@ def test_flags_that_cannot_be_followed(trained, tmp_path, flags, match):
         ),
         (
             {"embeddings": [np.zeros((400, 2, D + 1), np.float32)]},
-            f"of {D} dimensions .* found {D + 1}",
+            f"of {D} dimensions, to which .* found {D + 1}",
         ),
-        ({"prompt_embeddings": None}, "expected prompt_embeddings, which the gate reads"),
+        ({"prompt_embeddings": None}, "no prompt_embeddings, which the gate reads"),
         (
             {"embeddings": [np.zeros((400, 2, D), np.float32)]},
-            "helpful: expected scores that differ",
+            "helpful: all responses have the same score",
         ),
     ],
     ids=["rated", "D", "no prompts", "constant"],

@@ -217,7 +217,7 @@ def test_template_from_a_file_and_none(tmp_path, pairs, model):
     tiny_models.make_language_model(tmp_path / "plain")
     with pytest.raises(
         InputError,
-        match=r"expected a tokenizer with a chat template, found none; give --chat_template",
+        match=r"the tokenizer has no chat template; give --chat_template",
     ):
         embedded(tmp_path / "x.safetensors", pairs, tmp_path / "plain")
     template = Path(model) / "chat_template.jinja"
@@ -352,7 +352,7 @@ def test_rows_that_are_refused(tmp_path, row, message):
 def test_columns_that_are_refused(tmp_path, rated):
     with pytest.raises(
         InputError,
-        match="expected a column for each attribute, found none for witty; the columns are",
+        match="no columns for the attributes witty; the columns are",
     ):
         chat_data.read(str(rated), attributes=["helpful", "witty"])
     row = {"messages": chat("a", "b"), "good": 1, "kind": "x", "id": 4}
@@ -451,7 +451,7 @@ def test_a_missing_shard_and_one_of_other_settings(tmp_path, rated, model):
 def test_all_rows_too_long(tmp_path, rated, model):
     with pytest.raises(
         InputError,
-        match=r"expected rows that are not longer than --max_length .* found none among 30",
+        match=r"no rows: all 30 are longer than --max_length or than the model has positions",
     ):
         embedded(tmp_path / "x.safetensors", rated, model, "--max_length", 3)
     assert not (tmp_path / "x.safetensors").exists()
@@ -574,7 +574,8 @@ def test_published_arrays(arrays, capsys):
     ):
         prepare(arrays / "x.safetensors", *array_flags(arrays, labels="L.npy"))
     with pytest.raises(
-        InputError, match=r"expected \(4, D\), one for each prompt of EMBD_x.npy, found \(3, 5, 2\)"
+        InputError,
+        match=r"expected \(4, D\), one row for each prompt of EMBD_x.npy, found \(3, 5, 2\)",
     ):
         prepare(arrays / "x.safetensors", *array_flags(arrays, prompt_embeddings="L.npy"))
     with pytest.raises(InputError, match="--source arrays: expected --labels beside --embeddings"):
@@ -609,9 +610,7 @@ def test_pairs_within_prompts(arrays, capsys):
     assert len(fewer.ids) == 3 and set(fewer.ids) < set(data.ids)
     odd = np.sign(fewer.take(range(3))[:, 0, 0] % 2 - fewer.take(range(3))[:, 1, 0] % 2)
     assert fewer.labels[:, 0].tolist() == (0.5 + odd / 2).tolist()
-    with pytest.raises(
-        InputError, match="labels differ by more than 50.0, found none; lower --min_gap"
-    ):
+    with pytest.raises(InputError, match="labels differ by more than 50.0; lower --min_gap"):
         prepare(arrays / "x.safetensors", *flags[:-1], "50")
     with pytest.raises(
         InputError, match="expected rated responses with labels, found none; give rated data"

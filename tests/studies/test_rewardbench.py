@@ -287,7 +287,7 @@ def test_best_of_four_and_its_chance():
 def test_a_group_that_cannot_be_scored_is_refused(right, what):
     with pytest.raises(
         InputError,
-        match=rf"rb2: expected a right and a wrong .* none that is {what} in .* of row 0",
+        match=rf"rb2: expected a right and a wrong .* found no {what} response in .* of row 0",
     ):
         rewardbench.best_of_groups(
             {"gate": np.arange(4.0)},
@@ -300,7 +300,9 @@ def test_a_group_that_cannot_be_scored_is_refused(right, what):
 
 
 def test_a_group_in_two_subsets_is_refused():
-    with pytest.raises(InputError, match="row 1: expected its group within one subset, found b"):
+    with pytest.raises(
+        InputError, match="row 1: expected all responses of a group in one subset, found b"
+    ):
         rewardbench.best_of_groups(
             {"gate": np.arange(2.0)},
             np.array([True, False]),
@@ -354,7 +356,7 @@ def test_levels_are_the_means_of_published_masks():
 def test_rows_that_do_not_come_in_threes_are_refused(groups, row):
     scores = {"gate": np.zeros((len(groups), 2))}
     with pytest.raises(
-        InputError, match=rf"rm: expected three rows a prompt .* in rows {row} to {row + 2}"
+        InputError, match=rf"rm: expected three rows of each prompt .* in rows {row} to {row + 2}"
     ):
         rewardbench.style_table(scores, ["a"] * len(groups), np.array(groups), 6, "rm")
 
@@ -570,7 +572,10 @@ def test_a_second_run_is_skipped(model, tmp_path, capsys):
         ),
         (["--domains", "x.safetensors"], "expected NAME=FILE, found 'x.safetensors'"),
         (["--prior_sets", "x"], "--prior_sets: expected --pairs beside it"),
-        (["--domains", "a=nowhere.safetensors"], "nowhere.safetensors: expected a prepared file"),
+        (
+            ["--domains", "a=nowhere.safetensors"],
+            "nowhere.safetensors: no prepared file and no shards",
+        ),
     ],
 )
 def test_flags_that_cannot_be_followed(model, tmp_path, flags, match):

@@ -352,7 +352,7 @@ def test_from_chats(chats, tmp_path):
     }
     result = run(tmp_path, **settings)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
-    assert "1 of 121 rows too long, left out: row 120" in result.stdout
+    assert "1 of 121 rows were too long and are left out: row 120" in result.stdout
     out = tmp_path / "interpretable_out"
     page = (out / "report.html").read_text()
     for text in ("Overall", "Chat Hard", "hep-rust (2)", "rewardbench: donotanswer"):

@@ -249,7 +249,7 @@ def test_rated_rows_keep_their_labels(tmp_path, rated, model, capsys):
     )
     wanted = [alone(model, row["messages"][:-1], True) for row in rows]
     np.testing.assert_allclose(data.prompt_embeddings[0], wanted, atol=1e-5)
-    assert "1 of 30 rows too long, left out: r7" in capsys.readouterr().out
+    assert "1 of 30 rows were too long and are left out: r7" in capsys.readouterr().out
     by_prompt = {}
     for row, group in zip(rows, data.groups.tolist(), strict=True):
         by_prompt.setdefault(json.dumps(row["messages"][:-1]), set()).add(group)
@@ -441,10 +441,12 @@ def test_a_missing_shard_and_one_of_other_settings(tmp_path, rated, model):
     script.main([*flags, "--shard_idx", "1"])
     script.main([*flags, "--merge"])
     with pytest.raises(
-        InputError, match=r"--shard_idx: expected it below --n_shards \(3\), found 3"
+        InputError, match=r"--shard_idx: expected a number below --n_shards \(3\), found 3"
     ):
         script.main([*flags, "--shard_idx", "3"])
-    with pytest.raises(InputError, match="--n_shards: expected at most the 30 rows, found 31"):
+    with pytest.raises(
+        InputError, match="--n_shards: expected at most the number of rows, 30, found 31"
+    ):
         script.main([*map(str, shard_flags(tmp_path / "new", rated, model, "--n_shards", "31"))])
 
 
@@ -578,7 +580,9 @@ def test_published_arrays(arrays, capsys):
         match=r"expected \(4, D\), one row for each prompt of EMBD_x.npy, found \(3, 5, 2\)",
     ):
         prepare(arrays / "x.safetensors", *array_flags(arrays, prompt_embeddings="L.npy"))
-    with pytest.raises(InputError, match="--source arrays: expected --labels beside --embeddings"):
+    with pytest.raises(
+        InputError, match=r"--source arrays with rated responses \(.npy\) needs --labels"
+    ):
         prepare(arrays / "x.safetensors", *array_flags(arrays, labels=None))
     with pytest.raises(
         InputError,
@@ -613,7 +617,7 @@ def test_pairs_within_prompts(arrays, capsys):
     with pytest.raises(InputError, match="labels differ by more than 50.0; lower --min_gap"):
         prepare(arrays / "x.safetensors", *flags[:-1], "50")
     with pytest.raises(
-        InputError, match="expected rated responses with labels, found none; give rated data"
+        InputError, match="no rated responses with labels, which --attributes and --pairs_from need"
     ):
         source = ["--source", "prepared", "--prepared", arrays / "pairs.safetensors"]
         prepare(arrays / "x.safetensors", *source, "--pairs_from", "quality")
@@ -722,20 +726,20 @@ def test_real_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset", "x.jsonl"], "--source chat: expected --model beside it"),
-        (["--source", "prepared"], "--source prepared: expected --prepared beside it"),
+        (["--dataset", "x.jsonl"], "--source chat needs --model"),
+        (["--source", "prepared"], "--source prepared needs --prepared"),
         (
             ["--dataset", "x", "--model", "m", "--pairs_from", "a"],
-            "--pairs_from: expected --source arrays or prepared",
+            "--pairs_from needs --source arrays or prepared",
         ),
-        (["--dataset", "x", "--model", "m", "--merge"], "--merge: expected --n_shards beside it"),
+        (["--dataset", "x", "--model", "m", "--merge"], "--merge needs --n_shards"),
         (
             ["--dataset", "x", "--model", "m", "--labels", "l"],
-            "--source chat: expected no --labels, which it does not",
+            "--source chat does not read --labels; leave it out",
         ),
         (
             ["--source", "arrays", "--embeddings", "p.npz", "--labels", "l.npy"],
-            "--source arrays with pairs (.npz): expected no --labels",
+            "--source arrays with pairs (.npz) does not read --labels",
         ),
         (
             ["--dataset", "x", "--model", "m", "--share", "1"],
@@ -743,7 +747,7 @@ def test_real_arrays(tmp_path):
         ),
         (
             ["--dataset", "x", "--model", "m", "--output", "x.npy"],
-            "expected a name that ends in .safetensors",
+            "expected a file name that ends in .safetensors",
         ),
     ],
 )

@@ -143,8 +143,10 @@ def test_a_correlation_that_is_left_on_held_out_prompts_is_told(finished, capsys
             debiasing["attributes"]["safe"]["held_out"]["after"]["spearman"] = None
         script.report_debiasing(debiasing, "verbosity")
         told = capsys.readouterr().out
-        assert ("warning: safe keeps more than that on held-out prompts" in told) == warned
-        assert "warning: helpful" not in told
+        assert (
+            "warning: |rho| of safe stays above the threshold on held-out prompts" in told
+        ) == warned
+        assert "warning: |rho| of helpful" not in told
 
 
 def spoil(data, groups, parts):
@@ -244,7 +246,7 @@ def test_penalties_from_another_file_leave_its_known_prompts_out(rated, tmp_path
     assert set(record["n_prompts"]) == {"fit", "validation", "held_out"}
     split = json.loads((tmp_path / "out" / script.SPLIT).read_text())
     assert split["reference"] == np.unique(other.groups[8:]).tolist()
-    with pytest.raises(InputError, match="expected prompts that .* has not, found none"):
+    with pytest.raises(InputError, match="no prompts that are not in .*; take another reference"):
         run(rated, tmp_path / "out", "--reference", str(rated))
 
 
@@ -256,7 +258,7 @@ def test_an_intercept_is_fitted_when_asked_for(tmp_path, capsys):
     path = write(tmp_path / "a", shifted)
     without = run(path, tmp_path / "without")
     assert (
-        "warning: helpful is predicted worse than by a constant; --intercept 1 may mend it"
+        "warning: helpful is predicted worse than by a constant; --intercept 1 may help"
         in capsys.readouterr().out
     )
     with_one = run(path, tmp_path / "with", "--intercept", "1")
@@ -311,14 +313,17 @@ def test_the_command_from_the_root_and_its_exit_status(rated, tmp_path):
             r"expected embeddings \(n, 2, D\) pairs, .* found \(1200, 10\): rated responses",
         ),
         (["--held_out_share", "0.9"], "expected shares that leave rows to fit, found"),
-        (["--held_out_share", "1"], "expected a share between 0 and 1, found 1"),
+        (
+            ["--held_out_share", "1"],
+            "--held_out_share: expected a number between 0 and 1, found '1'",
+        ),
         (
             ["--reference", "x", "--verbosity_attribute", "none"],
-            "--reference: expected a --verbosity_attribute beside",
+            "--reference needs a --verbosity_attribute",
         ),
         (
             ["--labels", "pairwise", "--intercept", "1"],
-            "--intercept: expected --labels ratings, found pairwise",
+            "--intercept needs --labels ratings",
         ),
         (
             ["--penalty_search", "grid"],

@@ -204,7 +204,7 @@ def test_pairs_of_one_prompt_stay_on_one_side(tmp_path):
         ),
         (["--freeze", "safe"], "expected NAME=WEIGHT, found 'safe'"),
         (["--freeze", "safe=1"], "less than 1, found safe=1"),
-        (["--dropout", "1"], "expected a share of at least 0 and below 1"),
+        (["--dropout", "1"], "--dropout: expected a number of at least 0 and below 1"),
         (["--validation_share", "0"], "to fit and to validate on"),
         (["--pairs", "nowhere.safetensors"], "nowhere.safetensors: no prepared file and no shards"),
         (["--model_dir", "nowhere"], "attribute_heads.safetensors not found"),

@@ -509,13 +509,13 @@ def test_prompts_that_were_trained_on_are_left_out(model, tmp_path, capsys):
         "accuracy"
     ]
     assert found["benchmarks"]["again"]["methods"]["gate"]["all"] == pytest.approx(told)
-    assert "320 rows of prompts that were trained on left out" in capsys.readouterr().out
+    assert "320 rows with prompts that were trained on are left out" in capsys.readouterr().out
     split = json.loads((model / gating.SPLIT).read_text())
     fitted = attribute_data.read(model / "train.safetensors")
     at = np.flatnonzero(np.isin(fitted.groups, split["fit"]))
     make_pairs(tmp_path / "fit.safetensors", n=len(at), groups=fitted.groups[at])
     with pytest.raises(
-        InputError, match="expected prompts that the gate was not fitted on, found none"
+        InputError, match="no prompts that the gate was not fitted on; give other data"
     ):
         run(model, tmp_path, "--domains", f"fit={tmp_path}/fit.safetensors")
 
@@ -548,7 +548,7 @@ def test_it_says_where_overlap_cannot_be_told(model, tmp_path, capsys):
     make_pairs(tmp_path / "a.safetensors", n=20, groups=np.arange(20), source={})
     found = run(model, tmp_path, "--domains", f"a={tmp_path}/a.safetensors")
     assert found["rows"]["a"]["overlap_is_known"] is False and found["rows"]["a"]["scored"] == 20
-    assert "a: whether its prompts were trained on cannot be told" in capsys.readouterr().out
+    assert "a: the files do not tell whether all of its prompts are new" in capsys.readouterr().out
 
 
 def test_a_second_run_is_skipped(model, tmp_path, capsys):
@@ -564,14 +564,14 @@ def test_a_second_run_is_skipped(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        ([], "expected at least one benchmark, found none"),
+        ([], "no benchmark; give --pairs"),
         (["--domains", "a=x", "a=y"], "names that differ from each other and from .*, found a, a"),
         (
             ["--pairs", "x", "--domains", "pairs=y"],
             "differ from .* rewardbench, pairs and prior sets, found pairs",
         ),
         (["--domains", "x.safetensors"], "expected NAME=FILE, found 'x.safetensors'"),
-        (["--prior_sets", "x"], "--prior_sets: expected --pairs beside it"),
+        (["--prior_sets", "x"], "--prior_sets needs --pairs"),
         (
             ["--domains", "a=nowhere.safetensors"],
             "nowhere.safetensors: no prepared file and no shards",

@@ -1,8 +1,8 @@
-"""Prepared pairs and attribute heads whose truth is known, for the tests of the interpretable studies.
+"""Prepared pairs and attribute heads with known truth, for tests of the interpretable studies.
 
-Of each embedding the first four numbers are helpful, safe, verbose and clear; the heads of the
-first two see verbosity as well, three times as large. A prompt whose embedding begins above 0 asks
-for the helpful response, else for the safe.
+The first four numbers of each embedding are helpful, safe, verbose and clear; the heads of the
+first two add three times the verbosity. A prompt whose embedding begins above 0 asks for the
+helpful response, any other prompt for the safe one.
 """
 
 import importlib
@@ -43,7 +43,7 @@ def script(name):
 
 
 def make_pairs(path, n=400, seed=0, prompts=None, **changes):
-    """Write n pairs, chosen first, to as many prompts (texts `prompts`), and return them as Rated."""
+    """Write n pairs, chosen first, and return them as Rated. prompts: n texts; None: all new."""
     rng = np.random.default_rng(seed)
     x, asked = rng.standard_normal((n, 2, D)), rng.standard_normal((n, D_PROMPT))
     gap = x[:, 0] - x[:, 1]
@@ -62,7 +62,7 @@ def make_pairs(path, n=400, seed=0, prompts=None, **changes):
 
 
 def make_heads(folder, prompts=("of the heads",), penalties=PENALTIES):
-    """A model folder as the regression leaves it, its heads fitted on `prompts`."""
+    """A model folder as the regression leaves it, with heads that were fitted on `prompts`."""
     folder.mkdir(exist_ok=True)
     heads = np.zeros((len(NAMES), D), np.float32)
     heads[np.arange(4), np.arange(4)] = 1

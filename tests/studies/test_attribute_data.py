@@ -1,4 +1,4 @@
-"""attribute_data.py: the prepared file and its shards, what is refused and how, and blocks in bounded memory."""
+"""attribute_data.py: the prepared file and its shards, refusals, and blocks in bounded memory."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ NAMES = ["helpful", "verbosity"]
 
 
 def rated(pairs=False, n=N, dtype=np.float32, **more):
-    """n rows whose values tell their place; labels 0.1, 0.2 ... in [0, 1], so that they suit pairs too."""
+    """n rows whose values tell their position; labels in [0, 1], so that they suit pairs too."""
     shape = (n, 2, D) if pairs else (n, D)
     x = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
     fields = {
@@ -62,13 +62,13 @@ def write_shards(folder, data, n=3, stem="data"):
     return paths
 
 
-def assert_same(found, expected):
+def assert_same(actual, expected):
     everything = np.arange(len(expected.ids))
-    np.testing.assert_array_equal(found.take(everything), expected.take(everything))
-    np.testing.assert_array_equal(found.groups, expected.groups)
-    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_array_equal(actual.take(everything), expected.take(everything))
+    np.testing.assert_array_equal(actual.groups, expected.groups)
+    np.testing.assert_array_equal(actual.labels, expected.labels)
     for name in ("ids", "attributes", "subsets", "source", "left_out"):
-        assert getattr(found, name) == getattr(expected, name)
+        assert getattr(actual, name) == getattr(expected, name)
 
 
 # --------------------------------------------------------------------------------- writing, reading
@@ -79,12 +79,12 @@ def assert_same(found, expected):
 def test_what_is_written_is_read(tmp_path, pairs, dtype):
     data = rated(pairs, dtype=dtype)
     attribute_data.write(tmp_path / "a.safetensors", data)
-    found = attribute_data.read(tmp_path / "a.safetensors", labels=True, pairs=pairs)
-    assert_same(found, data)
-    assert found.shape == ((N, 2, D) if pairs else (N, D)) and found.is_pairs == pairs
-    assert isinstance(found.embeddings[0], np.memmap) and found.embeddings[0].dtype == dtype
-    assert found.take([1]).dtype == found.take_prompts([1]).dtype == np.float32
-    assert list(found.digests) == ["a.safetensors"]
+    loaded = attribute_data.read(tmp_path / "a.safetensors", labels=True, pairs=pairs)
+    assert_same(loaded, data)
+    assert loaded.shape == ((N, 2, D) if pairs else (N, D)) and loaded.is_pairs == pairs
+    assert isinstance(loaded.embeddings[0], np.memmap) and loaded.embeddings[0].dtype == dtype
+    assert loaded.take([1]).dtype == loaded.take_prompts([1]).dtype == np.float32
+    assert list(loaded.digests) == ["a.safetensors"]
 
 
 def test_the_file_is_one_of_safetensors_own(tmp_path):
@@ -93,9 +93,9 @@ def test_the_file_is_one_of_safetensors_own(tmp_path):
     tensors = load_file(tmp_path / "a.safetensors")
     np.testing.assert_array_equal(tensors["embeddings"], data.embeddings[0])
     np.testing.assert_array_equal(tensors["groups"], data.groups)
-    told = tensor_files.map_tensors(tmp_path / "a.safetensors")[1]
-    assert json.loads(told["left_out"]) == {"count": 1, "ids": ["long"]}
-    save_file({**tensors}, tmp_path / "b.safetensors", metadata=told)
+    metadata = tensor_files.map_tensors(tmp_path / "a.safetensors")[1]
+    assert json.loads(metadata["left_out"]) == {"count": 1, "ids": ["long"]}
+    save_file({**tensors}, tmp_path / "b.safetensors", metadata=metadata)
     assert_same(attribute_data.read(tmp_path / "b.safetensors"), data)
 
 
@@ -110,8 +110,11 @@ def test_optional_parts_may_be_absent(tmp_path):
         True, labels=None, attributes=[], subsets=None, prompt_embeddings=None, left_out=[]
     )
     attribute_data.write(tmp_path / "a", bare)
-    found = attribute_data.read(tmp_path / "a", pairs=True)
-    assert found.labels is found.subsets is found.prompt_embeddings is None and found.left_out == []
+    loaded = attribute_data.read(tmp_path / "a", pairs=True)
+    assert (
+        loaded.labels is loaded.subsets is loaded.prompt_embeddings is None
+        and loaded.left_out == []
+    )
 
 
 def test_missing_labels_stay_missing(tmp_path):
@@ -125,9 +128,9 @@ def test_attributes_can_be_chosen_in_any_order(tmp_path):
     labels = rated().labels
     labels[:, 0] = np.nan
     attribute_data.write(tmp_path / "a", rated(labels=labels))
-    found = attribute_data.read(tmp_path / "a", labels=True, attributes=["verbosity"])
-    assert found.attributes == ["verbosity"] and (found.labels[:, 0] == labels[:, 1]).all()
-    assert found.column("verbosity") == 0
+    loaded = attribute_data.read(tmp_path / "a", labels=True, attributes=["verbosity"])
+    assert loaded.attributes == ["verbosity"] and (loaded.labels[:, 0] == labels[:, 1]).all()
+    assert loaded.column("verbosity") == 0
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -144,10 +147,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(sum), st.booleans(), st.data())
 @settings(deadline=None)
 def test_take_is_fancy_indexing_whatever_the_parts(sizes, pairs, data):
-    whole = rated(pairs, sum(sizes)).embeddings[0]
-    split = replace(rated(pairs, sum(sizes)), embeddings=np.split(whole, np.cumsum(sizes)[:-1]))
+    array = rated(pairs, sum(sizes)).embeddings[0]
+    split = replace(rated(pairs, sum(sizes)), embeddings=np.split(array, np.cumsum(sizes)[:-1]))
     rows = data.draw(st.lists(st.integers(0, sum(sizes) - 1), max_size=12))
-    np.testing.assert_array_equal(split.take(rows), whole[np.array(rows, int)])
+    np.testing.assert_array_equal(split.take(rows), array[np.array(rows, int)])
 
 
 @pytest.mark.parametrize("row", [-1, N])
@@ -195,12 +198,16 @@ def test_numbers_are_ordered_as_numbers_and_a_shard_may_be_empty(tmp_path):
 def test_a_missing_shard_is_named(tmp_path):
     paths = write_shards(tmp_path, rated())
     paths[1].unlink()
-    message = r"data-00001-of-00003\.safetensors is missing: expected 3 shards, found 2, without 1; .* --shard_idx 1"
-    for wanted in ("data-*.safetensors", "data-00000-of-00003.safetensors"):
+    message = (
+        r"data-00001-of-00003\.safetensors is missing: expected 3 shards, found 2, without 1; "
+        ".* --shard_idx 1"
+    )
+    for pattern in ("data-*.safetensors", "data-00000-of-00003.safetensors"):
         with pytest.raises(
-            InputError, match=message if "*" in wanted else "is missing: expected 3 shards, found 1"
+            InputError,
+            match=message if "*" in pattern else "is missing: expected 3 shards, found 1",
         ):
-            attribute_data.read(tmp_path / wanted)
+            attribute_data.read(tmp_path / pattern)
 
 
 def test_the_same_shard_twice(tmp_path):
@@ -277,24 +284,51 @@ def test_shards_of_different_data(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embeddings": [np.zeros((N, 3, D), np.float32)]}, r"expected \(n, D\) .* \(n, 2, D\) pairs, found \(6, 3"),
-        ({"embeddings": [np.zeros(N, np.float32)]}, r"expected \(n, D\) rated responses or .* found \(6,\)"),
-        ({"embeddings": [np.zeros((N, D), int)]}, "embeddings: expected float16 or float32, found int64"),
-        ({"embeddings": [np.zeros((N + 1, D), np.float32)]}, r"groups: expected \(7,\) as the embeddings, found \(6"),
+        (
+            {"embeddings": [np.zeros((N, 3, D), np.float32)]},
+            r"expected \(n, D\) .* \(n, 2, D\) pairs, found \(6, 3",
+        ),
+        (
+            {"embeddings": [np.zeros(N, np.float32)]},
+            r"expected \(n, D\) rated responses or .* found \(6,\)",
+        ),
+        (
+            {"embeddings": [np.zeros((N, D), int)]},
+            "embeddings: expected float16 or float32, found int64",
+        ),
+        (
+            {"embeddings": [np.zeros((N + 1, D), np.float32)]},
+            r"groups: expected \(7,\) as the embeddings, found \(6",
+        ),
         ({"groups": np.zeros(N, np.int32)}, r"groups: expected \(n,\) int64, found \(6,\) int32"),
         ({"groups": np.arange(N) - 1}, "groups: expected prompt numbers of at least 0, found -1"),
-        ({"prompt_embeddings": [np.zeros((N - 1, D), np.float32)]}, r"prompt_.*: expected \(6, D\), found \(5, 2"),
-        ({"labels": np.zeros((N - 1, 2), np.float32)}, r"labels: expected \(6, 2\), a row for each .* found \(5, 2\)"),
-        ({"labels": np.zeros((N, 3), np.float32)}, r"labels: expected \(6, 2\), .* column for each .* found \(6, 3\)"),
-        ({"labels": np.full((N, 2), np.inf, np.float32)}, "expected finite .* found inf in row 0, helpful"),
-        ({"attributes": ["a", "a"]}, r"attributes: expected different names, none empty, found \['a', 'a'\]"),
+        (
+            {"prompt_embeddings": [np.zeros((N - 1, D), np.float32)]},
+            r"prompt_.*: expected \(6, D\), found \(5, 2",
+        ),
+        (
+            {"labels": np.zeros((N - 1, 2), np.float32)},
+            r"labels: expected \(6, 2\), a row for each .* found \(5, 2\)",
+        ),
+        (
+            {"labels": np.zeros((N, 3), np.float32)},
+            r"labels: expected \(6, 2\), .* column for each .* found \(6, 3\)",
+        ),
+        (
+            {"labels": np.full((N, 2), np.inf, np.float32)},
+            "expected finite .* found inf in row 0, helpful",
+        ),
+        (
+            {"attributes": ["a", "a"]},
+            r"attributes: expected different names, none empty, found \['a', 'a'\]",
+        ),
         ({"attributes": ["a", " "]}, "attributes: expected different names, none empty"),
         ({"ids": ["x"] * N}, "ids: expected 6 different ids, found 'x' twice"),
         ({"ids": list(range(N))}, "ids: expected strings, found 0"),
         ({"ids": ["x"]}, "ids: expected 6, one for each row, found 1"),
         ({"subsets": ["x"]}, "subsets: expected 6, one for each row, found 1"),
     ],
-)  # fmt: skip
+)
 def test_content_that_does_not_fit(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
         attribute_data.write(tmp_path / "a", rated(**change))
@@ -400,10 +434,10 @@ def test_no_file_no_rows_and_other_files(tmp_path):
         attribute_data.read(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, -1])
-def test_a_truncated_file(tmp_path, kept):
+@pytest.mark.parametrize("n_bytes", [0, 7, 100, -1])
+def test_a_truncated_file(tmp_path, n_bytes):
     attribute_data.write(tmp_path / "a", rated())
-    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:kept])
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:n_bytes])
     with pytest.raises(InputError, match=r"a: expected a complete \.safetensors file, found"):
         attribute_data.read(tmp_path / "a")
 
@@ -434,23 +468,23 @@ SHARES = {"fit": 0.5, "validation": 0.2, "reference": 0.0, "held_out": 0.3}
 @settings(deadline=None)
 def test_a_prompt_is_in_one_part_and_every_row_is_in_one(sizes, seed):
     groups = np.random.default_rng(seed).permutation(np.repeat(1000 * np.arange(len(sizes)), sizes))
-    found = attribute_data.split_prompts(groups, SHARES, np.random.default_rng(seed))
+    rows_by_part = attribute_data.split_prompts(groups, SHARES, np.random.default_rng(seed))
     np.testing.assert_array_equal(
-        np.sort(np.concatenate(list(found.values()))), np.arange(len(groups))
+        np.sort(np.concatenate(list(rows_by_part.values()))), np.arange(len(groups))
     )
-    parts = [set(groups[rows]) for rows in found.values()]
+    parts = [set(groups[rows]) for rows in rows_by_part.values()]
     assert sum(map(len, parts)) == len(set(groups))
-    assert not len(found["reference"])
+    assert not len(rows_by_part["reference"])
 
 
 def test_the_parts_have_their_shares_and_follow_the_prompts():
     groups = np.repeat(np.arange(500), 4)
-    found = attribute_data.split_prompts(groups, SHARES, np.random.default_rng(0))
-    assert [len(found[name]) for name in SHARES] == [1000, 400, 0, 600]
+    rows_by_part = attribute_data.split_prompts(groups, SHARES, np.random.default_rng(0))
+    assert [len(rows_by_part[name]) for name in SHARES] == [1000, 400, 0, 600]
     order = np.random.default_rng(1).permutation(len(groups))
     moved = attribute_data.split_prompts(groups[order], SHARES, np.random.default_rng(0))
     for name in SHARES:
-        assert set(groups[order][moved[name]]) == set(groups[found[name]])
+        assert set(groups[order][moved[name]]) == set(groups[rows_by_part[name]])
 
 
 def test_too_few_prompts_to_split():

@@ -1,4 +1,4 @@
-"""The gate: weights over attributes, one gate a pair, frozen weights, training, standardisation, splits, files."""
+"""The gate: weights, frozen weights, training, standardisation, splits and files."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def prompts(n=5, seed=0):
 
 @pytest.mark.parametrize("shape", [(5,), (5, 2), (2, 3, 5)], ids=str)
 def test_weights_sum_to_1_over_the_attributes_and_over_nothing_else(shape):
-    """A softmax over axis 1 of (n, 2, D) inputs would make the two sides sum to 1, each 0.5 where they agree."""
+    """A softmax over axis 1 of (n, 2, D) inputs would make the weights of two sides sum to 1."""
     x = torch.from_numpy(rng().standard_normal((*shape, D)).astype(np.float32))
     with torch.inference_mode():
         weights = make_gate()(x)
@@ -100,10 +100,10 @@ def test_the_reward_is_the_weighted_sum_with_one_gate_for_all_responses():
     gate, x = make_gate(), prompts(3)
     rewards = torch.from_numpy(rng(1).standard_normal((3, 2, A)).astype(np.float32))
     with torch.inference_mode():
-        weights, found = gate(x).numpy(), gated_rewards(gate, x, rewards)
+        weights, gated = gate(x).numpy(), gated_rewards(gate, x, rewards)
     for n in range(3):
         for k in range(2):
-            assert found[n, k].item() == pytest.approx(
+            assert gated[n, k].item() == pytest.approx(
                 sum(weights[n, a] * rewards[n, k, a].item() for a in range(A))
             )
 
@@ -112,18 +112,21 @@ def test_swapping_the_pair_negates_the_difference():
     gate, x = make_gate(), prompts(8)
     rewards = torch.from_numpy(rng(1).standard_normal((8, 2, A)).astype(np.float32))
     with torch.inference_mode():
-        there, back = (
+        forward, swapped = (
             gated_rewards(gate, x, r) @ torch.tensor([1.0, -1]) for r in (rewards, rewards.flip(1))
         )
-    np.testing.assert_allclose(back, -there, rtol=1e-5, atol=1e-6)
-    assert (there.abs() > 1e-3).all()
+    np.testing.assert_allclose(swapped, -forward, rtol=1e-5, atol=1e-6)
+    assert (forward.abs() > 1e-3).all()
 
 
 # ----------------------------------------------------------------------------------------- training
 
 
 def preferences(n, seed=0, noise=0.0):
-    """Prompts (n, D), rewards (n, 2, A), preferred first: attribute 0 decides where prompt[0] > 0, else attribute 1."""
+    """Prompts (n, D), rewards (n, 2, A), preferred first, and margins (n,).
+
+    Attribute 0 decides where prompt[0] > 0, attribute 1 elsewhere.
+    """
     draw = rng(seed)
     x = draw.standard_normal((n, D)).astype(np.float32)
     rewards = draw.standard_normal((n, 2, A)).astype(np.float32)
@@ -142,14 +145,17 @@ def fit_gate(x, rewards, frozen=LEARNED, seed=0, epochs=12, **settings):
 
 
 def test_the_gate_finds_which_attribute_a_prompt_asks_for():
-    """Where the right attribute depends on the prompt, no set of weights for all prompts can follow."""
+    """The right attribute depends on the prompt, so no weighting for all prompts can be right."""
     x, rewards, _ = preferences(1600)
     gate, log = fit_gate(x, rewards)
     new, new_rewards, _ = preferences(1000, seed=1)
     weights = predict_gate(gate, new)
     gap = new_rewards[:, 0] - new_rewards[:, 1]
-    one = gating.fit_global_weights(rewards, np.arange(1280), np.arange(1280, 1600))
-    accuracy = {"gate": ((weights * gap).sum(1) > 0).mean(), "global": (gap @ one > 0).mean()}
+    global_weights = gating.fit_global_weights(rewards, np.arange(1280), np.arange(1280, 1600))
+    accuracy = {
+        "gate": ((weights * gap).sum(1) > 0).mean(),
+        "global": (gap @ global_weights > 0).mean(),
+    }
     accuracy |= {"uniform": (gap.sum(1) > 0).mean(), "single": max((gap > 0).mean(0))}
     assert accuracy["gate"] > 0.92
     assert max(accuracy["global"], accuracy["uniform"], accuracy["single"]) < 0.8
@@ -167,8 +173,8 @@ def test_the_best_epoch_is_the_one_that_is_kept():
     gap = torch.from_numpy(
         (predict_gate(gate, x[held]) * (rewards[held, 0] - rewards[held, 1])).sum(1)
     )
-    found = torch.nn.functional.softplus(-gap * gate.log_scale.exp()).mean().item()
-    assert found == pytest.approx(min(entry["validation_loss"] for entry in log), rel=1e-4)
+    loss = torch.nn.functional.softplus(-gap * gate.log_scale.exp()).mean().item()
+    assert loss == pytest.approx(min(entry["validation_loss"] for entry in log), rel=1e-4)
     assert not log[-1]["best"]
 
 
@@ -350,11 +356,13 @@ def test_prompts_of_the_heads_are_those_of_every_part_but_the_held_out(tmp_path)
     seen = gating.prompts_of_heads(tmp_path, data)
     np.testing.assert_array_equal(seen, np.sort(prompts[:4]))
     split = gating.split_prompts(data.groups, seen, 0.5, 0.2, 6)
-    told = gating.describe_seen(seen, data.groups, split)
-    assert told["told"] == (
-        "2 of 6 prompts are among those the attribute heads were fitted on; none of them is held out"
+    description = gating.describe_seen(seen, data.groups, split)
+    assert description["told"] == (
+        "2 of 6 prompts are among those the attribute heads were fitted on; "
+        "none of them is held out"
     )
-    assert (told["shared"], told["held_out"]) == (2, 0) and len(split["held_out"]) == 3
+    assert (description["shared"], description["held_out"]) == (2, 0)
+    assert len(split["held_out"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -376,8 +384,8 @@ def test_prompts_are_compared_only_where_both_files_number_them_alike(
     seen = gating.prompts_of_heads(tmp_path, rated(groups=prompts, source=source))
     assert (seen is not None) == known
     if not known:
-        told = gating.describe_seen(seen, prompts, {"held_out": np.arange(2)})
-        assert told["shared"] is None and "cannot be told" in told["told"]
+        description = gating.describe_seen(seen, prompts, {"held_out": np.arange(2)})
+        assert description["shared"] is None and "cannot be told" in description["told"]
 
 
 # ---------------------------------------------------------------------------------------- baselines
@@ -389,12 +397,12 @@ def test_the_best_attribute_and_global_weights_on_the_training_pairs():
         gating.best_attribute(NAMES, rewards)
         == NAMES[int(np.argmax((rewards[:, 0] > rewards[:, 1]).mean(0)))]
     )
-    found = gating.fit_global_weights(rewards, np.arange(500), np.arange(500, 600))
-    assert (found[:2] > 5 * np.abs(found[2:])).all()
+    result = gating.fit_global_weights(rewards, np.arange(500), np.arange(500, 600))
+    assert (result[:2] > 5 * np.abs(result[2:])).all()
     swapped = gating.fit_global_weights(
         np.ascontiguousarray(rewards[:, ::-1]), np.arange(500), np.arange(500, 600)
     )
-    np.testing.assert_allclose(swapped, -found, atol=1e-3)
+    np.testing.assert_allclose(swapped, -result, atol=1e-3)
 
 
 def test_accuracy_is_a_mean_over_prompts_with_ties_one_half():
@@ -407,22 +415,22 @@ def test_accuracy_is_a_mean_over_prompts_with_ties_one_half():
 def test_a_gate_is_compared_with_the_others_prompt_by_prompt():
     margins = {"gate": [1, 1, 1, -1], "uniform": [1, -1, 1, -1]}
     scores = {name: np.stack([np.array(m, float), np.zeros(4)], 1) for name, m in margins.items()}
-    found = gating.compare(scores, np.array([0, 1, 2, 3]), 6)
-    assert (found["n_pairs"], found["n_prompts"]) == (4, 4)
-    assert [found["methods"][name]["accuracy"] for name in margins] == [0.75, 0.5]
+    result = gating.compare(scores, np.array([0, 1, 2, 3]), 6)
+    assert (result["n_pairs"], result["n_prompts"]) == (4, 4)
+    assert [result["methods"][name]["accuracy"] for name in margins] == [0.75, 0.5]
     assert (
-        found["gate_minus"]["uniform"]["difference"] == 0.25 and "gate" not in found["gate_minus"]
+        result["gate_minus"]["uniform"]["difference"] == 0.25 and "gate" not in result["gate_minus"]
     )
     assert gating.compare({"gate": np.empty((0, 2))}, np.array([], int), 6) is None
 
 
 def test_weights_are_described_by_mean_spread_and_entropy():
-    found = gating.describe_weights(["a", "b"], np.array([[1.0, 0], [0, 1]], np.float32))
-    assert found["mean"] == {"a": 0.5, "b": 0.5} and found["sd_between_prompts"] == {
+    result = gating.describe_weights(["a", "b"], np.array([[1.0, 0], [0, 1]], np.float32))
+    assert result["mean"] == {"a": 0.5, "b": 0.5} and result["sd_between_prompts"] == {
         "a": 0.5,
         "b": 0.5,
     }
-    assert found["relative_entropy"] == 0 and found["entropy_of_mean"] == pytest.approx(1)
+    assert result["relative_entropy"] == 0 and result["entropy_of_mean"] == pytest.approx(1)
     same = gating.describe_weights(["a", "b"], np.full((3, 2), 0.5))
     assert same["relative_entropy"] == pytest.approx(1) and same["sd_between_prompts"]["a"] == 0
 
@@ -477,7 +485,7 @@ def test_a_saved_gate_gives_the_same_rewards(saved):
 def test_the_rewards_of_every_method_by_hand(saved):
     folder, gated = saved
     data = rated()
-    found = gating.rewards(gating.load(folder), data, np.array([4, 1]))
+    result = gating.rewards(gating.load(folder), data, np.array([4, 1]))
     x = data.embeddings[0][[4, 1]].astype(float)
     raw = x @ attribute_model().heads.T
     debiased = raw - np.array([2.0, 0, -1, 0.5]) * raw[..., [1]]
@@ -492,7 +500,7 @@ def test_the_rewards_of_every_method_by_hand(saved):
         "linear_head": x @ gated.linear_head,
     }
     for method, by_hand in expected.items():
-        np.testing.assert_allclose(found[method], by_hand, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(result[method], by_hand, rtol=1e-4, atol=1e-4)
 
 
 def test_a_gate_is_refused_beside_other_heads(saved):
@@ -500,7 +508,8 @@ def test_a_gate_is_refused_beside_other_heads(saved):
     multi_objective.save(folder, attribute_model((1.0, 0, 0, 0)), np.ones(A), "ratings")
     with pytest.raises(
         InputError,
-        match="are not those that the gate was trained on; run studies/interpretable_gating.py again",
+        match="are not those that the gate was trained on; "
+        "run studies/interpretable_gating.py again",
     ):
         gating.load(folder)
 

@@ -1,4 +1,4 @@
-"""studies/interpretable.sh from arrays and from chats to the report: whole runs, reruns, changes, kills, refusals."""
+"""studies/interpretable.sh from arrays or chats to the report: runs, reruns, kills, refusals."""
 
 import json
 import os
@@ -37,11 +37,15 @@ STAGES = ("regression", "gating", "rewardbench", "report")
 
 
 def environment(**settings):
-    kept = {
+    inherited = {
         name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
     }
     fixed = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return {**kept, **fixed, **{name: str(value) for name, value in {**QUICK, **settings}.items()}}
+    return {
+        **inherited,
+        **fixed,
+        **{name: str(value) for name, value in {**QUICK, **settings}.items()},
+    }
 
 
 def run(cwd, **settings):
@@ -51,7 +55,7 @@ def run(cwd, **settings):
 
 
 def results(folder):
-    """Bytes of everything that a run leaves, but for times, logs and locks."""
+    """{file: bytes} of all files of a run, except files with times, logs and locks."""
     changing = {"manifest.json", "report.html", ".lock"}
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -65,10 +69,10 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
-    """Ratings of 6 responses to each of 150 prompts in four attributes of known directions, one label in five missing.
+    """Ratings of 6 responses to each of 150 prompts in four attributes of known directions.
 
-    A prompt whose embedding begins above 0 prefers the helpful response, else the safe one; both
-    look at length too.
+    One label in five of the second attribute is missing. A prompt whose embedding begins above 0
+    prefers the helpful response, any other prompt the safe one; both attributes depend on length.
     """
     folder = tmp_path_factory.mktemp("my arrays")
     rng = np.random.default_rng(0)
@@ -127,7 +131,7 @@ def array_settings(folder, **changes):
 
 @pytest.fixture(scope="module")
 def from_arrays(arrays, tmp_path_factory):
-    """(working folder, result) of a whole run. Tests read its OUTPUT_DIR or repeat the same command."""
+    """(working folder, result) of a whole run. Tests read OUTPUT_DIR or repeat the same command."""
     folder = tmp_path_factory.mktemp("from arrays")
     return folder, run(folder, **array_settings(arrays))
 
@@ -203,9 +207,9 @@ def test_second_run_does_nothing(from_arrays, arrays):
 
 
 def test_prepared_files_killed_and_run_again(from_arrays, tmp_path):
-    """PREPARE=0, without benchmarks and examples, from the files of a whole run: the same heads and gate."""
-    whole = from_arrays[0] / "interpretable_out"
-    settings = prepared_settings(whole, EXPLAIN="", OUTPUT_DIR="my results")
+    """From prepared files, without benchmarks and examples: the heads and gate of the whole run."""
+    finished = from_arrays[0] / "interpretable_out"
+    settings = prepared_settings(finished, EXPLAIN="", OUTPUT_DIR="my results")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     process = subprocess.Popen(COMMAND, cwd=tmp_path, env=environment(**settings), **quiet)
     out = tmp_path / "my results"
@@ -222,7 +226,7 @@ def test_prepared_files_killed_and_run_again(from_arrays, tmp_path):
         "regression_split.json",
         "gating_split.json",
     ):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
     page = (out / "report.html").read_text()
     assert (
         "<h2>Benchmarks</h2>" not in page
@@ -231,15 +235,17 @@ def test_prepared_files_killed_and_run_again(from_arrays, tmp_path):
     )
 
 
-def prepared_settings(whole, **changes):
+def prepared_settings(finished, **changes):
     files = {"RATED": "rated-first", "PAIRS": "pairs-from-second"}
-    files = {setting: whole / "prepared" / f"{name}.safetensors" for setting, name in files.items()}
+    files = {
+        setting: finished / "prepared" / f"{name}.safetensors" for setting, name in files.items()
+    }
     return {**files, "ATTRIBUTES": "helpful;safe;length;$clear$", "VERBOSITY": "length", **changes}
 
 
-def copy_of(whole, folder, change=None):
-    """The JSON files of a run, with its manifest changed."""
-    for path in whole.glob("*.json"):
+def copy_of(finished, folder, change=None):
+    """A copy of the JSON files of a run, with a changed manifest."""
+    for path in finished.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
     manifest = artifacts.read_manifest(folder)
     if change:
@@ -255,35 +261,35 @@ def test_report_leaves_out_what_is_of_an_earlier_gate(from_arrays, tmp_path, cap
 
     folder = copy_of(from_arrays[0] / "interpretable_out", tmp_path, change)
     script("interpretable_report").main([str(folder)])
-    told = "explanation_benchmark-made_up_a_b.json, rewardbench_results.json"
-    assert f"report: of an earlier gate, left out: {told}" in capsys.readouterr().out
+    names = "explanation_benchmark-made_up_a_b.json, rewardbench_results.json"
+    assert f"report: of an earlier gate, left out: {names}" in capsys.readouterr().out
     page = (folder / "report.html").read_text()
     assert (
-        f"Of an earlier gate and not on this page: {told}." in page
+        f"Of an earlier gate and not on this page: {names}." in page
         and "<h2>Benchmarks</h2>" not in page
     )
 
 
 def test_report_refuses_what_does_not_belong_together(from_arrays, tmp_path):
-    whole = from_arrays[0] / "interpretable_out"
-    folder = copy_of(whole, tmp_path)
+    finished = from_arrays[0] / "interpretable_out"
+    folder = copy_of(finished, tmp_path)
     gate = (folder / "gate.json").read_bytes()
     (folder / "gate.json").write_bytes(gate.replace(b'"seed": 6', b'"seed": 7'))
     with pytest.raises(InputError, match="gate.json is not the file that gating recorded"):
         report.read(folder)
     copy_of(
-        whole,
+        finished,
         folder,
         lambda m: m["gating"]["inputs"].update({"attribute_heads.safetensors": "0" * 64}),
     )
     with pytest.raises(InputError, match="the attribute heads were fitted anew since gating ran"):
         report.read(folder)
-    copy_of(whole, folder, lambda manifest: manifest.pop("gating"))
+    copy_of(finished, folder, lambda manifest: manifest.pop("gating"))
     with pytest.raises(
         InputError, match=r"gating has not finished here; run studies/interpretable_gating.py first"
     ):
         report.read(folder)
-    copy_of(whole, folder)
+    copy_of(finished, folder)
     (folder / "attribute_heads.json").unlink()
     with pytest.raises(
         InputError, match="attribute_heads.json not found; it is written by regression"
@@ -300,11 +306,12 @@ def chat(prompt, response):
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory):
-    """A tiny model with a chat template; ratings of 4 responses to 30 prompts, one of them too long, RewardBench."""
+    """A tiny model with a chat template, 121 rated responses, one too long, and RewardBench."""
     pytest.importorskip("transformers", reason="chat data need the extra [llm]")
     folder = tmp_path_factory.mktemp("chats")
     tiny_models.make_language_model(folder / "model")
-    template = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    turn = "<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n"
+    template = "{{ bos_token }}{% for m in messages %}" + turn + "{% endfor %}"
     template += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     (folder / "model" / "chat_template.jinja").write_text(template)
     prompts, answers = tiny_models.sentences(30, 1), tiny_models.sentences(400, 2, 1, 20)
@@ -402,7 +409,8 @@ def test_from_chats(chats, tmp_path):
         ({"DOMAINS": "{d}"}, "DOMAINS: expected NAME=FILE;NAME=FILE, found"),
         (
             {"EXPLAIN": "nobody=1"},
-            "EXPLAIN: expected NAME=ROW or NAME=SUBSET with NAME among rated pairs made up styles best of 3",
+            "EXPLAIN: expected NAME=ROW or NAME=SUBSET with NAME among rated pairs made up styles "
+            "best of 3",
         ),
         ({"SHARE": "2"}, "--share: expected a number between 0 and 1, found '2'"),
         ({"STYLES": "made up={d}"}, "found best of 3, made up, made up"),
@@ -410,18 +418,18 @@ def test_from_chats(chats, tmp_path):
 )
 def test_unknown_values_are_refused_before_anything_runs(arrays, tmp_path, settings, message):
     places = {"d": arrays / "domains.npz", "e": arrays / "EMBD_x.npy"}
-    given = {name: str(value).format(**places) for name, value in settings.items()}
-    base = {} if "RATED" in given or not given else array_settings(arrays)
-    result = run(tmp_path, **{**base, **given})
+    values = {name: str(value).format(**places) for name, value in settings.items()}
+    base = {} if "RATED" in values or not values else array_settings(arrays)
+    result = run(tmp_path, **{**base, **values})
     assert result.returncode == 2, result.stdout + result.stderr
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_stage_is_named_with_its_log_and_the_way_on(from_arrays, tmp_path):
-    whole = from_arrays[0] / "interpretable_out"
+    finished = from_arrays[0] / "interpretable_out"
     result = run(
-        tmp_path, **prepared_settings(whole, VERBOSITY="wordiness", OUTPUT_DIR="my results")
+        tmp_path, **prepared_settings(finished, VERBOSITY="wordiness", OUTPUT_DIR="my results")
     )
     assert result.returncode == 2
     assert "interpretable.sh: regression failed after" in result.stderr

@@ -1,4 +1,4 @@
-"""studies/interpretable_explain.py: contributions that add up to the reward, of a row, a subset's mean and a text."""
+"""studies/interpretable_explain.py: contributions that add up to the reward; refusals."""
 
 import json
 
@@ -13,7 +13,7 @@ from studies.interpretable import attribute_data, gating, multi_objective
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model folder with a gate, and beside it pairs of two subsets and rated responses."""
+    """A model folder with a gate, pairs of two subsets, and rated responses."""
     folder = make_gate(tmp_path_factory.mktemp("models") / "model", "--freeze", "clear=0.2")
     make_pairs(folder / "new.safetensors", n=20, seed=7, subsets=["even", "odd/other"] * 10)
     x = np.random.default_rng(8).standard_normal((20, D)).astype(np.float32)
@@ -25,29 +25,29 @@ def explain(model, out, *flags):
     script("interpretable_explain").main(
         ["--model_dir", str(model), "--output_dir", str(out), *map(str, flags)]
     )
-    found = [path for path in out.glob("explanation_*.json")]
-    assert len(found) == 1
-    return json.loads(found[0].read_text()), found[0]
+    paths = [path for path in out.glob("explanation_*.json")]
+    assert len(paths) == 1
+    return json.loads(paths[0].read_text()), paths[0]
 
 
 def test_contributions_are_weight_times_debiased_score_and_add_up_to_the_reward(
     model, tmp_path, capsys
 ):
-    found, path = explain(model, tmp_path, "--data", model / "new.safetensors", "--index", 3)
+    content, path = explain(model, tmp_path, "--data", model / "new.safetensors", "--index", 3)
     assert (
         path.name == "explanation_new_row_3.json"
-        and found["what"] == "row 3 (p3)"
-        and found["ids"] == ["p3"]
+        and content["what"] == "row 3 (p3)"
+        and content["ids"] == ["p3"]
     )
     data = attribute_data.read(model / "new.safetensors")
     gated = gating.load(model)
     x, scores = data.embeddings[0][3], gating.rewards(gated, data, np.array([3]))["gate"][0]
-    assert list(found["weights"]) == NAMES and sum(found["weights"].values()) == pytest.approx(
+    assert list(content["weights"]) == NAMES and sum(content["weights"].values()) == pytest.approx(
         1, abs=1e-6
     )
-    assert found["weights"]["clear"] == pytest.approx(0.2)
+    assert content["weights"]["clear"] == pytest.approx(0.2)
     for k, side in enumerate(("chosen", "rejected")):
-        row = found["responses"][side]
+        row = content["responses"][side]
         for a, name in enumerate(NAMES):
             verbosity = 3 * x[k, 2] if a < 2 else 0
             assert row["score"][name] == pytest.approx(x[k, a] + verbosity, rel=1e-4)
@@ -55,13 +55,13 @@ def test_contributions_are_weight_times_debiased_score_and_add_up_to_the_reward(
             standardised = (x[k, a] - gated.centre[a]) / gated.spread[a]
             assert row["standardised"][name] == pytest.approx(standardised, abs=1e-4)
             assert row["contribution"][name] == pytest.approx(
-                found["weights"][name] * standardised, abs=1e-4
+                content["weights"][name] * standardised, abs=1e-4
             )
         assert sum(row["contribution"].values()) == pytest.approx(row["reward"], abs=1e-9)
         assert row["reward"] == pytest.approx(scores[k], abs=1e-5)
     out = capsys.readouterr().out
-    assert "contribution" in out and f"{found['responses']['chosen']['reward']:+.4f}" in out
-    assert found["n_rows_trained_on"] == 0 and "trained on" not in out
+    assert "contribution" in out and f"{content['responses']['chosen']['reward']:+.4f}" in out
+    assert content["n_rows_trained_on"] == 0 and "trained on" not in out
 
 
 def test_debiasing_changes_what_is_explained(model, tmp_path):
@@ -73,35 +73,35 @@ def test_debiasing_changes_what_is_explained(model, tmp_path):
 
 
 def test_a_subset_is_the_mean_of_its_rows(model, tmp_path, capsys):
-    found, path = explain(
+    content, path = explain(
         model, tmp_path, "--data", model / "new.safetensors", "--subset", "odd/other"
     )
-    assert path.name == "explanation_new_odd_other.json" and found["n_rows"] == 10
+    assert path.name == "explanation_new_odd_other.json" and content["n_rows"] == 10
     data = attribute_data.read(model / "new.safetensors")
     each = gating.rewards(gating.load(model), data, np.arange(1, 20, 2))["gate"]
-    rewards = [found["responses"][side]["reward"] for side in ("chosen", "rejected")]
+    rewards = [content["responses"][side]["reward"] for side in ("chosen", "rejected")]
     assert rewards == pytest.approx(each.mean(0).tolist(), abs=1e-5)
-    assert found["share_of_pairs_right"] == pytest.approx((each[:, 0] > each[:, 1]).mean())
+    assert content["share_of_pairs_right"] == pytest.approx((each[:, 0] > each[:, 1]).mean())
     for side in ("chosen", "rejected"):
-        row = found["responses"][side]
+        row = content["responses"][side]
         assert sum(row["contribution"].values()) == pytest.approx(row["reward"], abs=1e-9)
     assert "right for" in capsys.readouterr().out
 
 
 def test_a_rated_response(model, tmp_path):
-    found, _ = explain(model, tmp_path, "--data", model / "rated.safetensors", "--index", 5)
-    assert list(found["responses"]) == ["response"] and found["share_of_pairs_right"] is None
+    content, _ = explain(model, tmp_path, "--data", model / "rated.safetensors", "--index", 5)
+    assert list(content["responses"]) == ["response"] and content["share_of_pairs_right"] is None
     data = attribute_data.read(model / "rated.safetensors")
     reward = gating.rewards(gating.load(model), data, np.array([5]))["gate"][0]
-    assert found["responses"]["response"]["reward"] == pytest.approx(reward, abs=1e-5)
+    assert content["responses"]["response"]["reward"] == pytest.approx(reward, abs=1e-5)
 
 
 def test_rows_that_were_trained_on_are_counted(model, tmp_path, capsys):
     split = artifacts.read_json(model / gating.SPLIT, "gating")
     data = attribute_data.read(model / "train.safetensors")
     row = int(np.flatnonzero(data.groups == split["fit"][0])[0])
-    found, _ = explain(model, tmp_path, "--data", model / "train.safetensors", "--index", row)
-    assert found["n_rows_trained_on"] == 1
+    content, _ = explain(model, tmp_path, "--data", model / "train.safetensors", "--index", row)
+    assert content["n_rows_trained_on"] == 1
     assert "1 of 1 rows have prompts that were trained on" in capsys.readouterr().out
 
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_explained(model, tmp_path, flags, match):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """A tiny language model, pairs prepared with it, and a gate trained on them with heads drawn at random."""
+    """A tiny language model, pairs prepared with it, and a gate trained on random heads."""
     pytest.importorskip("transformers", reason="texts need the extra [llm]")
     import tiny_models
 

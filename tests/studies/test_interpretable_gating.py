@@ -1,4 +1,4 @@
-"""studies/interpretable_gating.py: what it fits, on which prompts, what it reports, and what it refuses."""
+"""studies/interpretable_gating.py: results, splits by prompt, reports and refusals."""
 
 import json
 import subprocess
@@ -33,15 +33,15 @@ def trained(tmp_path_factory):
 
 
 def test_the_gate_beats_every_set_of_weights_for_all_prompts(trained):
-    """It cannot on undebiased scores: verbosity would drown what prompts ask for."""
-    told = artifacts.read_json(trained / gating.RECORD, "gating")
-    accuracy = {method: row["accuracy"] for method, row in told["held_out"]["methods"].items()}
+    """On raw scores the gate cannot: verbosity would drown what prompts ask for."""
+    record = artifacts.read_json(trained / gating.RECORD, "gating")
+    accuracy = {method: row["accuracy"] for method, row in record["held_out"]["methods"].items()}
     others = [value for method, value in accuracy.items() if method != "gate"]
     assert accuracy["gate"] > 0.85 and accuracy["gate"] > max(others) + 0.1
-    gap = told["held_out"]["gate_minus"]["global_weights"]
+    gap = record["held_out"]["gate_minus"]["global_weights"]
     assert gap["ci95"][0] > 0 and gap["p_value"] < 0.01
-    assert told["best_epoch"] >= 1 and told["null_reason"] is None
-    assert told["n_pairs"] == {"fit": 280, "validation": 40, "held_out": 80}
+    assert record["best_epoch"] >= 1 and record["null_reason"] is None
+    assert record["n_pairs"] == {"fit": 280, "validation": 40, "held_out": 80}
 
 
 def test_weights_sum_to_1_and_follow_the_prompt(trained):
@@ -51,12 +51,12 @@ def test_weights_sum_to_1_and_follow_the_prompt(trained):
     asks_help = new.prompt_embeddings[0][:, 0] > 0
     assert weights[asks_help, 0].mean() > weights[~asks_help, 0].mean() + 0.4
     assert weights[~asks_help, 1].mean() > weights[asks_help, 1].mean() + 0.4
-    told = artifacts.read_json(trained / gating.RECORD, "gating")["weights"]
-    assert sum(told["mean"].values()) == pytest.approx(1, abs=1e-6)
+    recorded = artifacts.read_json(trained / gating.RECORD, "gating")["weights"]
+    assert sum(recorded["mean"].values()) == pytest.approx(1, abs=1e-6)
     assert (
-        told["n_prompts"] == 80
-        and told["of"] == "held_out"
-        and told["sd_between_prompts"]["helpful"] > 0.2
+        recorded["n_prompts"] == 80
+        and recorded["of"] == "held_out"
+        and recorded["sd_between_prompts"]["helpful"] > 0.2
     )
 
 
@@ -73,9 +73,9 @@ def test_reported_accuracies_are_those_of_the_saved_gate(trained):
     data = attribute_data.read(trained / "train.safetensors")
     split = artifacts.read_json(trained / gating.SPLIT, "gating")
     rows = np.flatnonzero(np.isin(data.groups, split["held_out"]))
-    told = artifacts.read_json(trained / gating.RECORD, "gating")["held_out"]["methods"]
+    methods = artifacts.read_json(trained / gating.RECORD, "gating")["held_out"]["methods"]
     for method, scores in gating.rewards(gating.load(trained), data, rows).items():
-        assert told[method]["accuracy"] == pytest.approx((scores[:, 0] > scores[:, 1]).mean())
+        assert methods[method]["accuracy"] == pytest.approx((scores[:, 0] > scores[:, 1]).mean())
 
 
 def test_the_same_command_gives_the_same_bytes(trained, tmp_path):
@@ -128,13 +128,15 @@ def test_another_folder_takes_the_heads_along(trained, tmp_path):
 
 def test_dropped_and_frozen_attributes(tmp_path, capsys):
     folder = make_gate(tmp_path / "model", "--drop", "verbosity", "--freeze", "clear=0.25")
-    told = artifacts.read_json(folder / gating.RECORD, "gating")
-    assert told["attributes"] == ["helpful", "safe", "clear"] and told["frozen"] == {"clear": 0.25}
+    record = artifacts.read_json(folder / gating.RECORD, "gating")
+    assert record["attributes"] == ["helpful", "safe", "clear"] and record["frozen"] == {
+        "clear": 0.25
+    }
     assert (
-        told["weights"]["mean"]["clear"] == 0.25
-        and told["weights"]["sd_between_prompts"]["clear"] == 0
+        record["weights"]["mean"]["clear"] == 0.25
+        and record["weights"]["sd_between_prompts"]["clear"] == 0
     )
-    assert "attribute verbosity" not in told["held_out"]["methods"]
+    assert "attribute verbosity" not in record["held_out"]["methods"]
     data = attribute_data.read(folder / "train.safetensors")
     weights = gating.weights(gating.load(folder), data, np.arange(10))
     np.testing.assert_allclose(weights[:, :2].sum(1), 0.75, rtol=1e-5)
@@ -147,11 +149,13 @@ def test_dropped_and_frozen_attributes(tmp_path, capsys):
 def test_prompts_of_the_heads_are_not_held_out(tmp_path, capsys):
     folder = make_heads(tmp_path / "model", prompts=[f"train {i}" for i in range(300)])
     make_pairs(folder / "train.safetensors")
-    told = run(folder, *QUICK, "--epochs", 2)
+    record = run(folder, *QUICK, "--epochs", 2)
     seen = attribute_data.groups_of([f"train {i}" for i in range(300)])
     split = artifacts.read_json(folder / gating.SPLIT, "gating")
     assert not set(split["held_out"]) & set(seen.tolist()) and len(split["held_out"]) == 80
-    assert told["prompts_of_heads"]["shared"] == 300 and told["prompts_of_heads"]["held_out"] == 0
+    assert (
+        record["prompts_of_heads"]["shared"] == 300 and record["prompts_of_heads"]["held_out"] == 0
+    )
     assert (
         "300 of 400 prompts are among those the attribute heads were fitted on"
         in capsys.readouterr().out
@@ -161,12 +165,12 @@ def test_prompts_of_the_heads_are_not_held_out(tmp_path, capsys):
 def test_no_accuracy_is_reported_where_the_heads_saw_every_prompt(tmp_path, capsys):
     folder = make_heads(tmp_path / "model", prompts=[f"train {i}" for i in range(400)])
     make_pairs(folder / "train.safetensors")
-    told = run(folder, *QUICK, "--epochs", 2)
+    record = run(folder, *QUICK, "--epochs", 2)
     assert (
-        told["held_out"] is None
-        and told["null_reason"] == "the attribute heads were fitted on every prompt"
+        record["held_out"] is None
+        and record["null_reason"] == "the attribute heads were fitted on every prompt"
     )
-    assert told["weights"]["of"] == "validation"
+    assert record["weights"]["of"] == "validation"
     assert (
         "no held-out accuracy: the attribute heads were fitted on every prompt"
         in capsys.readouterr().out
@@ -176,8 +180,8 @@ def test_no_accuracy_is_reported_where_the_heads_saw_every_prompt(tmp_path, caps
 def test_it_says_where_shared_prompts_cannot_be_told(tmp_path, capsys):
     folder = make_heads(tmp_path / "model")
     make_pairs(folder / "train.safetensors", groups=np.arange(400), source={"dataset": "numbered"})
-    told = run(folder, *QUICK, "--epochs", 2)
-    assert told["prompts_of_heads"]["shared"] is None and told["held_out"]["n_prompts"] == 80
+    record = run(folder, *QUICK, "--epochs", 2)
+    assert record["prompts_of_heads"]["shared"] is None and record["held_out"]["n_prompts"] == 80
     assert "cannot be told from the files" in capsys.readouterr().out
     assert artifacts.read_json(folder / gating.SPLIT, "gating")["heads"] is None
 
@@ -185,11 +189,11 @@ def test_it_says_where_shared_prompts_cannot_be_told(tmp_path, capsys):
 def test_pairs_of_one_prompt_stay_on_one_side(tmp_path):
     folder = make_heads(tmp_path / "model")
     make_pairs(folder / "train.safetensors", prompts=[f"train {i // 4}" for i in range(400)])
-    told = run(folder, *QUICK, "--epochs", 2)
+    record = run(folder, *QUICK, "--epochs", 2)
     split = artifacts.read_json(folder / gating.SPLIT, "gating")
     sides = [set(split[name]) for name in ("fit", "validation", "held_out")]
     assert sum(map(len, sides)) == len(set.union(*sides)) == 100
-    assert told["held_out"]["n_pairs"] == 4 * told["held_out"]["n_prompts"] == 80
+    assert record["held_out"]["n_pairs"] == 4 * record["held_out"]["n_prompts"] == 80
 
 
 # ----------------------------------------------------------------------------------------- refusals

@@ -1,4 +1,4 @@
-"""studies/interpretable_prepare.py: positions by the chat template, shards, kills, over-long rows, arrays, pairs."""
+"""studies/interpretable_prepare.py: chat templates, shards, kills, long rows, arrays, pairs."""
 
 import json
 import os
@@ -31,13 +31,15 @@ OPENING = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 TEMPLATES = {  # name: (template, whether it opens the assistant's turn)
     "chatml": "{% for m in messages %}" + TURN + "{% endfor %}" + OPENING,
     "bos": "{{ bos_token }}{% for m in messages %}" + TURN + "{% endfor %}" + OPENING,
-    "no opening": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "no opening": "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}",
 }
 THOUGHT = TEMPLATES["chatml"].replace(
     "<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}"
 )
-SPACE = "{% for m in messages %}{{ 'A: ' if m['role'] == 'assistant' else 'Q: ' }}{{ m['content'] }}\n{% endfor %}"
+SPACE = "{% for m in messages %}{{ 'A: ' if m['role'] == 'assistant' else 'Q: ' }}"
+SPACE += "{{ m['content'] }}\n{% endfor %}"
 SPACE += "{% if add_generation_prompt %}A: {% endif %}"
 COUNTING = "{{ messages | length }} turns\n" + TEMPLATES["chatml"]
 
@@ -61,7 +63,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rated(tmp_path_factory):
-    """30 rated rows of one and two turns to 10 prompts; row 7 is long; labels tell the row, a third are missing."""
+    """30 rated responses to 10 prompts of one and two turns.
+
+    Row 7 is long. Labels tell the row; two thirds of the label "short" are missing.
+    """
     path = tmp_path_factory.mktemp("rated") / "rated.jsonl"
     answers, prompts = tiny_models.sentences(30, 1, 1, 30), tiny_models.sentences(10, 2)
     answers[7] = " ".join(tiny_models.sentences(20, 3))
@@ -110,7 +115,7 @@ def embedded(output, dataset, model, *flags):
 
 
 def alone(model_dir, messages, opened=False):
-    """Last hidden state of a conversation, or of a prompt with the opening, without padding, from the causal model."""
+    """Last hidden state of a conversation, or of an opened prompt, from a pass without padding."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
@@ -132,19 +137,20 @@ def rows_of(path):
 def test_position_is_where_the_assistant_begins(tmp_path, name):
     tokenizer = loading.load_tokenizer(make_model(tmp_path, TEMPLATES[name]))
     prompt, answer = chat("how are you", "good", "and now"), chat("", "very good")[1]
-    opened, (whole,) = chat_embeddings.encode(tokenizer, prompt, [answer], "row 0")
-    at = chat_embeddings.position(opened, whole)
+    opened, (conversation,) = chat_embeddings.encode(tokenizer, prompt, [answer], "row 0")
+    index = chat_embeddings.position(opened, conversation)
     text = tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
     end = {
         "chatml": "now</s>\n<|assistant|>\n",
         "bos": "now</s>\n<|assistant|>\n",
         "no opening": "now [/INST]",
     }[name]
-    assert tokenizer.decode(whole) == text
-    assert tokenizer.decode(whole[: at + 1]) == text[: text.index(end) + len(end)]
-    assert (whole.count(tokenizer.bos_token_id), whole[0] == tokenizer.bos_token_id) == (
-        (0, False) if name == "chatml" else (1, True)
-    )
+    assert tokenizer.decode(conversation) == text
+    assert tokenizer.decode(conversation[: index + 1]) == text[: text.index(end) + len(end)]
+    assert (
+        conversation.count(tokenizer.bos_token_id),
+        conversation[0] == tokenizer.bos_token_id,
+    ) == ((0, False) if name == "chatml" else (1, True))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -161,20 +167,20 @@ def test_states_equal_single_passes(tmp_path, name, side):
         chat_embeddings.encode(tokenizer, p, [a], "row")
         for p, a in zip(prompts, answers, strict=True)
     ]
-    rows, at = [whole[0] for _, whole in encoded], [len(opened) - 1 for opened, _ in encoded]
-    found = chat_embeddings.states_at(base, rows, at, tokenizer.pad_token_id, 400, side)
-    np.testing.assert_allclose(found[:, 0], [alone(folder, p, True) for p in prompts], atol=1e-5)
+    rows, positions = [whole[0] for _, whole in encoded], [len(opened) - 1 for opened, _ in encoded]
+    states = chat_embeddings.states_at(base, rows, positions, tokenizer.pad_token_id, 400, side)
+    np.testing.assert_allclose(states[:, 0], [alone(folder, p, True) for p in prompts], atol=1e-5)
     whole = [alone(folder, [*p, a]) for p, a in zip(prompts, answers, strict=True)]
-    np.testing.assert_allclose(found[:, 1], whole, atol=1e-5)
-    one_by_one = chat_embeddings.states_at(base, rows, at, tokenizer.pad_token_id, 1, side)
-    np.testing.assert_allclose(found, one_by_one, atol=1e-5)
+    np.testing.assert_allclose(states[:, 1], whole, atol=1e-5)
+    one_by_one = chat_embeddings.states_at(base, rows, positions, tokenizer.pad_token_id, 1, side)
+    np.testing.assert_allclose(states, one_by_one, atol=1e-5)
 
 
 @pytest.mark.parametrize(("template", "n_alone"), [(THOUGHT, 3), (SPACE, 2)])
 def test_prompts_without_a_place_in_the_conversation_take_their_own_pass(
     tmp_path, pairs, capsys, template, n_alone
 ):
-    """An opening that a finished turn does not have; one whose last space makes one token with the word behind it."""
+    """Two openings: one that a finished turn lacks, one whose space joins the next word's token."""
     rows = rows_of(pairs)[:3]
     rows[1]["rejected"][-1]["content"] = "\n" + rows[1]["rejected"][-1]["content"]
     tiny_models.write_jsonl(tmp_path / "pairs.jsonl", rows)
@@ -183,17 +189,17 @@ def test_prompts_without_a_place_in_the_conversation_take_their_own_pass(
     for row, places in zip(
         rows, ([False, False], [False, n_alone == 2], [False, False]), strict=True
     ):
-        opened, whole = chat_embeddings.encode(
+        opened, conversations = chat_embeddings.encode(
             tokenizer, row["chosen"][:-1], [row["chosen"][-1], row["rejected"][-1]], ""
         )
-        assert [chat_embeddings.position(opened, ids) for ids in whole] == [
+        assert [chat_embeddings.position(opened, ids) for ids in conversations] == [
             len(opened) - 1 if has_place else None for has_place in places
         ]
     data = embedded(tmp_path / "pairs.safetensors", tmp_path / "pairs.jsonl", folder)
-    wanted = [alone(folder, row["chosen"][:-1], True) for row in rows]
-    np.testing.assert_allclose(data.prompt_embeddings[0], wanted, atol=1e-5)
-    wanted = [[alone(folder, row[side]) for side in ("chosen", "rejected")] for row in rows]
-    np.testing.assert_allclose(data.embeddings[0], wanted, atol=1e-5)
+    expected = [alone(folder, row["chosen"][:-1], True) for row in rows]
+    np.testing.assert_allclose(data.prompt_embeddings[0], expected, atol=1e-5)
+    expected = [[alone(folder, row[side]) for side in ("chosen", "rejected")] for row in rows]
+    np.testing.assert_allclose(data.embeddings[0], expected, atol=1e-5)
     assert f"{n_alone} prompts in a pass of their own" in capsys.readouterr().out
 
 
@@ -221,11 +227,11 @@ def test_template_from_a_file_and_none(tmp_path, pairs, model):
     ):
         embedded(tmp_path / "x.safetensors", pairs, tmp_path / "plain")
     template = Path(model) / "chat_template.jinja"
-    found = embedded(
+    actual = embedded(
         tmp_path / "x.safetensors", pairs, tmp_path / "plain", "--chat_template", template
     )
-    wanted = embedded(tmp_path / "y.safetensors", pairs, model)
-    assert (found.embeddings[0] == wanted.embeddings[0]).all()
+    expected = embedded(tmp_path / "y.safetensors", pairs, model)
+    assert (actual.embeddings[0] == expected.embeddings[0]).all()
 
 
 # ---------------------------------------------------------------------------------- rows and labels
@@ -247,8 +253,8 @@ def test_rated_rows_keep_their_labels(tmp_path, rated, model, capsys):
     np.testing.assert_allclose(
         data.embeddings[0], [alone(model, row["messages"]) for row in rows], atol=1e-5
     )
-    wanted = [alone(model, row["messages"][:-1], True) for row in rows]
-    np.testing.assert_allclose(data.prompt_embeddings[0], wanted, atol=1e-5)
+    expected = [alone(model, row["messages"][:-1], True) for row in rows]
+    np.testing.assert_allclose(data.prompt_embeddings[0], expected, atol=1e-5)
     assert "1 of 30 rows were too long and are left out: r7" in capsys.readouterr().out
     by_prompt = {}
     for row, group in zip(rows, data.groups.tolist(), strict=True):
@@ -277,8 +283,8 @@ def test_pairs_share_their_prompt(tmp_path, pairs, model, capsys):
         data.shape == (12, 2, 64) and data.embeddings[0].dtype == np.float16 and data.labels is None
     )
     assert data.subsets == ["s0", "s1"] * 6 and data.ids == [str(i) for i in range(12)]
-    wanted = [[alone(model, row[side]) for side in ("chosen", "rejected")] for row in rows]
-    np.testing.assert_allclose(data.embeddings[0], wanted, atol=0.01)
+    expected = [[alone(model, row[side]) for side in ("chosen", "rejected")] for row in rows]
+    np.testing.assert_allclose(data.embeddings[0], expected, atol=0.01)
     capsys.readouterr()
     before = (tmp_path / "pairs.safetensors").read_bytes()
     embedded(tmp_path / "pairs.safetensors", pairs, model, "--storage_dtype", "float16")
@@ -287,13 +293,13 @@ def test_pairs_share_their_prompt(tmp_path, pairs, model, capsys):
 
 
 def test_forms_of_a_row(tmp_path):
-    """Texts, one message, whole conversations; the same from a folder of save_to_disk."""
-    whole = {"chosen": chat("hi", "yes"), "rejected": chat("hi", "no")}
+    """Texts, single messages and whole conversations; the same from a folder of save_to_disk."""
+    conversations = {"chosen": chat("hi", "yes"), "rejected": chat("hi", "no")}
     forms = [
-        whole,
+        conversations,
         {"prompt": "hi", "chosen": "yes", "rejected": "no"},
         {"prompt": chat("hi"), "chosen": chat("", "yes")[1:], "rejected": chat("", "no")[1:]},
-        {"prompt": "hi", **whole},
+        {"prompt": "hi", **conversations},
     ]
     for row in forms:
         assert chat_data.split_row(row, chat_data.find_kind(row, "x"), "x") == (
@@ -307,14 +313,14 @@ def test_forms_of_a_row(tmp_path):
     tiny_models.write_jsonl(tmp_path / "x.jsonl", rows)
     plain = [{"prompt": "hi", "response": "yes", "good": 1}, {"prompt": "so", "response": "no"}]
     tiny_models.write_jsonl(tmp_path / "y.jsonl", plain)
-    found = [chat_data.read(str(tmp_path / name)) for name in ("x.jsonl", "y.jsonl")]
-    assert found[0].digest == found[1].digest and (found[0].groups == found[1].groups).all()
+    chats = [chat_data.read(str(tmp_path / name)) for name in ("x.jsonl", "y.jsonl")]
+    assert chats[0].digest == chats[1].digest and (chats[0].groups == chats[1].groups).all()
     datasets = pytest.importorskip("datasets", reason="chat data need the extra [llm]")
-    made = datasets.Dataset.from_list(rows)
-    made.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"test": made}).save_to_disk(str(tmp_path / "two"))
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"test": dataset}).save_to_disk(str(tmp_path / "two"))
     for folder, split in (("one", "train"), ("two", "test")):
-        assert chat_data.read(str(tmp_path / folder), split).digest == found[0].digest
+        assert chat_data.read(str(tmp_path / folder), split).digest == chats[0].digest
     with pytest.raises(InputError, match="expected a split named train, found test"):
         chat_data.read(str(tmp_path / "two"))
 
@@ -380,7 +386,7 @@ def test_columns_that_are_refused(tmp_path, rated):
 def test_shards_in_any_order_give_the_same_file(tmp_path, rated, model, capsys):
     flags = ["--n_shards", 4, "--max_length", 130]
     whole = embedded(tmp_path / "whole.safetensors", rated, model, "--max_length", 130)
-    found = []
+    contents = []
     for order in ("0123", "2031"):
         folder = tmp_path / order
         for idx in order:
@@ -399,9 +405,9 @@ def test_shards_in_any_order_give_the_same_file(tmp_path, rated, model, capsys):
             "manifest.json",
             "rated.safetensors",
         ]
-        found.append((folder / "rated.safetensors").read_bytes())
+        contents.append((folder / "rated.safetensors").read_bytes())
     embedded(tmp_path / "at once" / "rated.safetensors", rated, model, *flags)
-    assert found[0] == found[1] == (tmp_path / "at once" / "rated.safetensors").read_bytes()
+    assert contents[0] == contents[1] == (tmp_path / "at once" / "rated.safetensors").read_bytes()
     joined = attribute_data.read(tmp_path / "0123" / "rated.safetensors")
     assert joined.ids == whole.ids and joined.left_out == whole.left_out == ["r7"]
     np.testing.assert_array_equal(joined.labels, whole.labels)
@@ -495,10 +501,10 @@ def test_finished_shards_are_not_embedded_again(tmp_path, rated, model, monkeypa
 
 
 def test_disk_and_embeddings_that_are_not_finite(tmp_path, rated, model, monkeypatch):
-    kept = chat_embeddings.states_at
+    states_at = chat_embeddings.states_at
 
     def broken(*args, **kwargs):
-        states = kept(*args, **kwargs)
+        states = states_at(*args, **kwargs)
         states[3, 1, 2] = 1e6
         return states
 
@@ -520,7 +526,7 @@ def test_disk_and_embeddings_that_are_not_finite(tmp_path, rated, model, monkeyp
 
 @pytest.fixture
 def arrays(tmp_path):
-    """3 responses to 4 prompts, of which 0 and 3 are the same; every number tells its place."""
+    """3 responses to 4 prompts, of which 0 and 3 are the same; every number tells its position."""
     k, n = np.arange(3)[:, None], np.arange(4)[None]
     values = (10 * k + n).astype(np.float16)
     np.save(tmp_path / "EMBD_x.npy", np.stack([values, -values], -1))
@@ -592,14 +598,14 @@ def test_published_arrays(arrays, capsys):
 
 
 def test_pairs_within_prompts(arrays, capsys):
-    """Prompt 0 = 3 has labels 0 10 20 3 13 23, prompt 1 has 1 11 and a missing one, prompt 2 has 2 12 22."""
+    """Labels: 0 10 20 3 13 23 of prompt 0 = 3; 1 11 and a missing one of prompt 1; 2 12 22 of 2."""
     flags = [*array_flags(arrays), "--pairs_from", "quality", "--min_gap", "10"]
     data = prepare(arrays / "pairs.safetensors", *flags, "--pairs_per_prompt", "99")
-    found = sorted((int(a[0]), int(b[0])) for a, b in data.take(range(len(data.ids))))
-    wanted = [
+    pairs = sorted((int(a[0]), int(b[0])) for a, b in data.take(range(len(data.ids))))
+    expected = [
         (a, b) for a in (0, 10, 20, 3, 13, 23) for b in (0, 10, 20, 3, 13, 23) if a - b > 10
     ] + [(22, 2)]
-    assert found == sorted(wanted) and data.labels is None
+    assert pairs == sorted(expected) and data.labels is None
     assert (
         "prompts 3, prompts without a pair 1, pairs of too small a gap" in capsys.readouterr().out
     )
@@ -630,7 +636,7 @@ def test_parts_of_the_prompts_are_disjoint_in_every_file(tmp_path):
         np.save(tmp_path / f"ATTRIBUTES_{name}.npy", rng.standard_normal((2, n)))
         np.save(tmp_path / f"PROMPTEMBD_{name}.npy", np.arange(n, dtype=np.float32)[:, None])
     (tmp_path / "attributes.json").write_text('["x"]')
-    made = {}
+    prepared = {}
     for name in "ab":
         flags = array_flags(
             tmp_path,
@@ -640,7 +646,7 @@ def test_parts_of_the_prompts_are_disjoint_in_every_file(tmp_path):
             },
         )
         for part in ("first", "second", "all"):
-            made[name, part] = prepare(
+            prepared[name, part] = prepare(
                 tmp_path / f"{name}{part}.safetensors", *flags, "--prompts", part
             )
             source = ["--source", "prepared", "--prepared", tmp_path / f"{name}{part}.safetensors"]
@@ -648,8 +654,8 @@ def test_parts_of_the_prompts_are_disjoint_in_every_file(tmp_path):
                 again = prepare(
                     tmp_path / "again.safetensors", *source, "--prompts", "second", "--share", "0.5"
                 )
-                assert again.ids == made[name, "second"].ids
-    groups = {key: set(data.groups.tolist()) for key, data in made.items()}
+                assert again.ids == prepared[name, "second"].ids
+    groups = {key: set(data.groups.tolist()) for key, data in prepared.items()}
     for name in "ab":
         assert not groups[name, "first"] & groups["a", "second"]
         assert groups[name, "first"] | groups[name, "second"] == groups[name, "all"]

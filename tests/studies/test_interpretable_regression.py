@@ -1,4 +1,4 @@
-"""studies/interpretable_regression.py: what it writes, that nothing is tuned on held-out prompts, what it refuses."""
+"""studies/interpretable_regression.py: results, no tuning on held-out prompts, and refusals."""
 
 import json
 import subprocess
@@ -20,7 +20,10 @@ SHARED = ROOT.parent / "shared" / "data" / "alpaca"
 
 
 def make(n_prompts=150, k=8, d=10, seed=0, pairs=False):
-    """k answers to each prompt; helpful ones tend to be long, safe ones short and mostly without a label."""
+    """k responses to each prompt: helpful ones tend to be long, safe ones short.
+
+    60 % of the labels of safe are missing.
+    """
     rng = np.random.default_rng(seed)
     n = n_prompts * k
     x = (
@@ -83,8 +86,8 @@ def test_the_model_is_that_of_the_recorded_split(rated, finished):
     model = multi_objective.load(out, data)
     np.testing.assert_array_equal(model.heads, fitted.heads.astype(np.float32))
     raw = multi_objective.score_rows(model, data, rows["reference"])
-    found = multi_objective.find_penalties(raw, NAMES, "verbosity")
-    np.testing.assert_array_equal(model.penalties, found.penalties)
+    penalties = multi_objective.find_penalties(raw, NAMES, "verbosity")
+    np.testing.assert_array_equal(model.penalties, penalties.penalties)
     assert (model.penalties[[0, 2]] != 0).all() and model.penalties[1] == 0
 
 
@@ -97,13 +100,13 @@ def test_the_record_holds_what_the_model_does_on_held_out_prompts(rated, finishe
         raw = multi_objective.score_rows(model, data, rows)
         debiased = multi_objective.debias(model, raw)
         for a in (0, 2):
-            told = record["debiasing"]["attributes"][NAMES[a]]
-            assert told["penalty"] == model.penalties[a]
+            entry = record["debiasing"]["attributes"][NAMES[a]]
+            assert entry["penalty"] == model.penalties[a]
             for when, scores in (("before", raw), ("after", debiased)):
                 expected = spearmanr(scores[:, a], raw[:, 1]).statistic
-                assert told[part][when]["spearman"] == pytest.approx(expected, abs=1e-9)
-            assert abs(told[part]["before"]["spearman"]) > 0.1
-        assert all(abs(r["reference"]["after"]["spearman"]) <= 0.03 for r in (told,))
+                assert entry[part][when]["spearman"] == pytest.approx(expected, abs=1e-9)
+            assert abs(entry[part]["before"]["spearman"]) > 0.1
+        assert all(abs(r["reference"]["after"]["spearman"]) <= 0.03 for r in (entry,))
     held = record["regression"]["helpful"]["held_out"]
     assert held["mse"] == pytest.approx(np.mean((raw[:, 0] - data.labels[rows, 0]) ** 2)) and held[
         "n"
@@ -120,10 +123,10 @@ def test_debiasing_holds_on_held_out_prompts(tmp_path, monkeypatch):
     shares = ("--reference_share", "0.3", "--held_out_share", "0.3")
     record = run(write(tmp_path / "large", n_prompts=20_000, k=2, d=6), tmp_path / "out", *shares)
     for name in ("helpful", "safe"):
-        told = record["debiasing"]["attributes"][name]
-        assert abs(told["held_out"]["before"]["spearman"]) > 0.3
-        assert abs(told["reference"]["after"]["spearman"]) <= 0.001
-        assert abs(told["held_out"]["after"]["spearman"]) <= 0.03
+        entry = record["debiasing"]["attributes"][name]
+        assert abs(entry["held_out"]["before"]["spearman"]) > 0.3
+        assert abs(entry["reference"]["after"]["spearman"]) <= 0.001
+        assert abs(entry["held_out"]["after"]["spearman"]) <= 0.03
 
 
 def test_a_correlation_that_is_left_on_held_out_prompts_is_told(finished, capsys):
@@ -142,15 +145,15 @@ def test_a_correlation_that_is_left_on_held_out_prompts_is_told(finished, capsys
         if ci[0] is None:
             debiasing["attributes"]["safe"]["held_out"]["after"]["spearman"] = None
         script.report_debiasing(debiasing, "verbosity")
-        told = capsys.readouterr().out
+        output = capsys.readouterr().out
         assert (
-            "warning: |rho| of safe stays above the threshold on held-out prompts" in told
+            "warning: |rho| of safe stays above the threshold on held-out prompts" in output
         ) == warned
-        assert "warning: |rho| of helpful" not in told
+        assert "warning: |rho| of helpful" not in output
 
 
 def spoil(data, groups, parts):
-    """The data with other embeddings and labels on the rows of some prompts."""
+    """The data with random labels (and embeddings, where `parts` names them) on some prompts."""
     rows, rng = np.isin(data.groups, groups), np.random.default_rng(9)
     x, labels = data.take(np.arange(len(data.ids))), data.labels.copy()
     if "embeddings" in parts:
@@ -183,8 +186,8 @@ def test_finished_work_is_not_done_again(rated, tmp_path, capsys, monkeypatch):
     before = content(tmp_path)
     assert "wrote attribute_heads.safetensors" in capsys.readouterr().out
     run(rated, tmp_path)
-    told = capsys.readouterr().out
-    assert "already done" in told and "rho with the verbosity score" in told
+    output = capsys.readouterr().out
+    assert "already done" in output and "rho with the verbosity score" in output
     monkeypatch.setenv("FORCE", "1")
     run(rated, tmp_path)
     assert "wrote" in capsys.readouterr().out and content(tmp_path) == before
@@ -273,9 +276,9 @@ def test_concept_labels_of_pairs(tmp_path, capsys):
     record = run(write(tmp_path / "pairs", pairs=True), tmp_path / "out", "--labels", "pairwise")
     held = record["regression"]["helpful"]["held_out"]
     assert held["accuracy"] > 0.8 and held["log_loss"] < held["baseline"]["log_loss"]
-    told = record["debiasing"]
-    assert told["reference"]["n"] == 2 * record["n_rows"]["reference"]
-    assert abs(told["attributes"]["helpful"]["reference"]["after"]["spearman"]) <= 0.03
+    debiasing = record["debiasing"]
+    assert debiasing["reference"]["n"] == 2 * record["n_rows"]["reference"]
+    assert abs(debiasing["attributes"]["helpful"]["reference"]["after"]["spearman"]) <= 0.03
     assert "log_loss" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""multi_objective.py and attribute_metrics.py against scikit-learn and scipy; debiasing; the model file."""
+"""multi_objective.py and attribute_metrics.py against scikit-learn and scipy."""
 
 from dataclasses import replace
 
@@ -30,17 +30,20 @@ def rng(seed=0):
 
 
 def rated(n=300, d=40, seed=0, noise=0.3, dtype=np.float32):
-    """Rows of falling spread; two attributes miss the same 70 % of the labels, one misses others at random."""
+    """Embeddings whose spread falls with the dimension, and four attributes.
+
+    Of two attributes the same 70 % of the labels are missing, of another 20 % at random.
+    """
     x = rng(seed).standard_normal((n, d)) * np.logspace(0, -2, d)
     x = x.astype(dtype)
     labels = x.astype(float) @ rng(seed + 1).standard_normal((d, 4)) + 1
     labels += noise * rng(seed + 2).standard_normal(labels.shape)
     labels[rng(seed + 3).random(n) < 0.7, 1:3] = np.nan
     labels[rng(seed + 4).random(n) < 0.2, 3] = np.nan
-    return made(x, labels, NAMES)
+    return rated_of(x, labels, NAMES)
 
 
-def made(x, labels, attributes):
+def rated_of(x, labels, attributes):
     n = len(x)
     return Rated(
         [x],
@@ -56,7 +59,7 @@ def split(n):
 
 
 def ridge_loop(data, fit, held, intercept):
-    """Heads, intercepts, chosen strengths and losses by scikit-learn, one fit per attribute and strength."""
+    """Heads, intercepts, chosen strengths and losses by scikit-learn, in one fit for each."""
     x, heads, offsets, chosen, losses = (
         data.take(np.arange(len(data.ids))).astype(float),
         [],
@@ -90,19 +93,19 @@ def ridge_loop(data, fit, held, intercept):
 def test_all_strengths_are_scikit_learns_ridge(n, d, intercept):
     data, (fit, held) = rated(n, d), split(n)
     heads, offsets, chosen, losses = ridge_loop(data, fit, held, intercept)
-    found = multi_objective.fit_ridge(data, fit, held, intercept=intercept)
-    np.testing.assert_allclose(found.losses, losses, rtol=1e-6)
-    assert found.strengths.tolist() == chosen and len(set(chosen)) > 1
-    np.testing.assert_allclose(found.heads, heads, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(found.offsets, offsets, rtol=1e-6, atol=1e-8)
+    fitted = multi_objective.fit_ridge(data, fit, held, intercept=intercept)
+    np.testing.assert_allclose(fitted.losses, losses, rtol=1e-6)
+    assert fitted.strengths.tolist() == chosen and len(set(chosen)) > 1
+    np.testing.assert_allclose(fitted.heads, heads, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(fitted.offsets, offsets, rtol=1e-6, atol=1e-8)
 
 
 def test_ridge_by_hand():
-    """Fitted on x = 1, y = 2 and x = 2, y = 3; validated on x = 1, y = 2 with w = 8 / (5 + s); then 10 / (6 + s)."""
-    data = made(np.float32([[1], [2], [1]]), np.array([[2], [3], [2]]), ["a"])
-    found = multi_objective.fit_ridge(data, np.array([0, 1]), np.array([2]), strengths=(1.0, 3.0))
-    np.testing.assert_allclose(found.losses[:, 0], [(8 / 6 - 2) ** 2, (8 / 8 - 2) ** 2])
-    assert found.strengths == [1] and found.heads == pytest.approx(10 / 7) and found.offsets == 0
+    """Fitted on (x, y) = (1, 2), (2, 3): w = 8 / (5 + s). With (1, 2) as well: w = 10 / (6 + s)."""
+    data = rated_of(np.float32([[1], [2], [1]]), np.array([[2], [3], [2]]), ["a"])
+    fitted = multi_objective.fit_ridge(data, np.array([0, 1]), np.array([2]), strengths=(1.0, 3.0))
+    np.testing.assert_allclose(fitted.losses[:, 0], [(8 / 6 - 2) ** 2, (8 / 8 - 2) ** 2])
+    assert fitted.strengths == [1] and fitted.heads == pytest.approx(10 / 7) and fitted.offsets == 0
 
 
 def test_large_dimensions_and_float16_keep_the_small_strengths():
@@ -111,9 +114,9 @@ def test_large_dimensions_and_float16_keep_the_small_strengths():
     data = replace(data, embeddings=[(data.embeddings[0] + np.float16(60))])
     fit, held = split(400)
     heads, _, _, losses = ridge_loop(data, fit, held, False)
-    found = multi_objective.fit_ridge(data, fit, held)
-    np.testing.assert_allclose(found.losses, losses, rtol=1e-4)
-    np.testing.assert_allclose(found.heads, heads, rtol=1e-4, atol=1e-4 * np.abs(heads).max())
+    fitted = multi_objective.fit_ridge(data, fit, held)
+    np.testing.assert_allclose(fitted.losses, losses, rtol=1e-4)
+    np.testing.assert_allclose(fitted.heads, heads, rtol=1e-4, atol=1e-4 * np.abs(heads).max())
 
 
 def test_the_row_space_gives_what_all_dimensions_give():
@@ -131,7 +134,7 @@ def test_the_row_space_gives_what_all_dimensions_give():
 
 def test_order_blocks_and_passes_change_nothing(monkeypatch):
     data, (fit, held) = rated(), split(300)
-    found = multi_objective.fit_ridge(data, fit, held)
+    fitted = multi_objective.fit_ridge(data, fit, held)
     order = rng(5).permutation(300)
     place = np.argsort(order)
     moved = replace(
@@ -140,9 +143,9 @@ def test_order_blocks_and_passes_change_nothing(monkeypatch):
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 11 * 4 * 40)
     monkeypatch.setattr(multi_objective, "GRAM_BYTES", 1)
     again = multi_objective.fit_ridge(moved, place[fit], place[held])
-    np.testing.assert_allclose(again.heads, found.heads, rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(again.losses, found.losses, rtol=1e-6)
-    np.testing.assert_array_equal(again.strengths, found.strengths)
+    np.testing.assert_allclose(again.heads, fitted.heads, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(again.losses, fitted.losses, rtol=1e-6)
+    np.testing.assert_array_equal(again.strengths, fitted.strengths)
 
 
 def test_one_decomposition_per_pattern_and_one_pass_for_all(monkeypatch):
@@ -182,19 +185,21 @@ def test_rows_outside_both_parts_are_never_looked_at():
     other = np.setdiff1d(np.arange(300), np.concatenate([fit, held]))
     changed, labels = data.embeddings[0].copy(), data.labels.copy()
     changed[other], labels[other] = 1e6, 1e6
-    expected, found = (
+    expected, fitted = (
         multi_objective.fit_ridge(each, fit, held)
         for each in (data, replace(data, embeddings=[changed], labels=labels))
     )
-    np.testing.assert_array_equal(found.heads, expected.heads)
+    np.testing.assert_array_equal(fitted.heads, expected.heads)
 
 
 def test_the_choice_is_by_the_rows_of_other_prompts():
-    """Ten noisy answers to each prompt that share embedding and label: rows of the fitted prompts would choose the
-    weakest strength, other prompts choose a strong one."""
+    """Ten responses to each prompt share one embedding and one noisy label.
+
+    Rows of the fitted prompts would choose the weakest strength; other prompts choose a strong one.
+    """
     x = np.repeat(rng().standard_normal((60, 50)), 10, axis=0).astype(np.float32)
     labels = np.repeat(0.2 * x[::10, :1] + rng(1).standard_normal((60, 1)), 10, axis=0)
-    data = replace(made(x, labels, ["a"]), groups=np.repeat(np.arange(60), 10))
+    data = replace(rated_of(x, labels, ["a"]), groups=np.repeat(np.arange(60), 10))
     parts = attribute_data.split_prompts(data.groups, {"fit": 0.7, "validation": 0.3}, rng(2))
     by_prompt = multi_objective.fit_ridge(data, parts["fit"], parts["validation"])
     order = rng(3).permutation(600)
@@ -213,11 +218,11 @@ def test_an_attribute_without_labels_in_a_part_is_named(rows, part):
 
 
 def test_a_singular_gram_matrix_of_any_size():
-    """The rounding errors of this Gram matrix exceed the smallest strength: no Cholesky factor; still no nonsense."""
+    """The rounding errors of this Gram matrix exceed the strength: it has no Cholesky factor."""
     x = np.outer(rng().standard_normal(50), np.ones(6)).astype(np.float32) * np.float32(1e9)
-    data = made(x, (x[:, :1] / 1e9).astype(float), ["a"])
-    found = multi_objective.fit_ridge(data, *split(50), strengths=(1e-4,))
-    np.testing.assert_allclose(x.astype(float) @ found.heads[0], data.labels[:, 0], atol=1e-3)
+    data = rated_of(x, (x[:, :1] / 1e9).astype(float), ["a"])
+    fitted = multi_objective.fit_ridge(data, *split(50), strengths=(1e-4,))
+    np.testing.assert_allclose(x.astype(float) @ fitted.heads[0], data.labels[:, 0], atol=1e-3)
     gram = x.T.astype(float) @ x
     assert np.linalg.eigvalsh(gram).min() < 0 <= multi_objective._eigh(gram)[0].min()
 
@@ -226,16 +231,16 @@ def test_a_singular_gram_matrix_of_any_size():
 
 
 def pairs_data(n=400, d=30, seed=0):
-    """Concept labels of pairs: drawn, drawn with a third missing, and the probabilities themselves."""
+    """Concept labels of pairs: drawn, drawn with a third missing, and the probabilities."""
     x = rng(seed).standard_normal((n, 2, d)).astype(np.float32)
     chance = expit((x[:, 0] - x[:, 1]) @ rng(seed + 1).standard_normal((d, 3)) / 2)
     labels = (rng(seed + 2).random((n, 3)) < chance).astype(float)
     labels[::3, 1], labels[:, 2] = np.nan, chance[:, 2]
-    return made(x, labels, ["drawn", "holes", "soft"])
+    return rated_of(x, labels, ["drawn", "holes", "soft"])
 
 
 def logistic(z, y, strength):
-    """scikit-learn's solution; a label between 0 and 1 is two weighted rows."""
+    """The solution of scikit-learn, where a label between 0 and 1 becomes two weighted rows."""
     model = LogisticRegression(C=1 / strength, fit_intercept=False, tol=1e-10, max_iter=20_000)
     rows, weights = np.vstack([z, z]), np.concatenate([y, 1 - y])
     return model.fit(rows, np.repeat([1, 0], len(z)), sample_weight=weights).coef_[0]
@@ -244,7 +249,7 @@ def logistic(z, y, strength):
 @pytest.mark.parametrize(("n", "d"), [(400, 30), (60, 80)], ids=["tall", "wide"])
 def test_concepts_are_scikit_learns_logistic_regression(n, d):
     data, (fit, held) = pairs_data(n, d), split(n)
-    found = multi_objective.fit_pairwise(data, fit, held)
+    fitted = multi_objective.fit_pairwise(data, fit, held)
     z = np.subtract(*np.moveaxis(data.embeddings[0].astype(float), 1, 0))
     for a in range(3):
         y = data.labels[:, a].astype(float)
@@ -252,31 +257,31 @@ def test_concepts_are_scikit_learns_logistic_regression(n, d):
         for i in (3, 4, 8):
             s = z[second] @ logistic(z[first], y[first], STRENGTHS[i])
             np.testing.assert_allclose(
-                found.losses[i, a], np.mean(np.logaddexp(0, s) - y[second] * s), rtol=1e-4
+                fitted.losses[i, a], np.mean(np.logaddexp(0, s) - y[second] * s), rtol=1e-4
             )
         both = np.concatenate([first, second])
-        assert found.strengths[a] == STRENGTHS[int(np.argmin(found.losses[:, a]))]
-        expected = logistic(z[both], y[both], found.strengths[a])
-        np.testing.assert_allclose(found.heads[a], expected, atol=1e-4 * np.abs(expected).max())
+        assert fitted.strengths[a] == STRENGTHS[int(np.argmin(fitted.losses[:, a]))]
+        expected = logistic(z[both], y[both], fitted.strengths[a])
+        np.testing.assert_allclose(fitted.heads[a], expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_swapped_sides_change_nothing():
     data, (fit, held) = pairs_data(), split(400)
     swapped = replace(data, embeddings=[data.embeddings[0][:, ::-1].copy()], labels=1 - data.labels)
-    found, again = (multi_objective.fit_pairwise(each, fit, held) for each in (data, swapped))
-    np.testing.assert_allclose(again.heads, found.heads, rtol=1e-5, atol=1e-6)
+    fitted, again = (multi_objective.fit_pairwise(each, fit, held) for each in (data, swapped))
+    np.testing.assert_allclose(again.heads, fitted.heads, rtol=1e-5, atol=1e-6)
 
 
 def test_few_pairs_of_many_dimensions_that_any_strength_separates():
     data, (fit, held) = pairs_data(60, 80), split(60)
-    found = multi_objective.fit_pairwise(data, fit, held, strengths=(1e-4,))
+    fitted = multi_objective.fit_pairwise(data, fit, held, strengths=(1e-4,))
     z = np.subtract(*np.moveaxis(data.embeddings[0].astype(float), 1, 0))
     both = np.concatenate([fit, held])
     known = both[~np.isnan(data.labels[both, 1])]
-    y, logits = data.labels[known, 1].astype(float), z[known] @ found.heads[1]
+    y, logits = data.labels[known, 1].astype(float), z[known] @ fitted.heads[1]
     assert ((logits > 0) == (y == 1)).all()
     np.testing.assert_allclose(
-        z[known].T @ (expit(logits) - y) + 1e-4 * found.heads[1], 0, atol=1e-6
+        z[known].T @ (expit(logits) - y) + 1e-4 * fitted.heads[1], 0, atol=1e-6
     )
 
 
@@ -318,7 +323,7 @@ def test_rho_never_rises_with_the_penalty(rows, data):
 
 
 def responses(n, slope, seed=0):
-    """Verbosity v, and r with a spread that grows with v; then n fresh ones."""
+    """Twice (scores r, verbosity v), each (n,); the spread of r grows with v."""
     v = rng(seed).standard_normal(2 * n)
     r = slope * v + np.exp(0.3 * v) * rng(seed + 1).standard_normal(2 * n)
     return (r[:n], v[:n]), (r[n:], v[n:])
@@ -344,7 +349,7 @@ def test_the_grid_takes_the_first_that_reaches_the_threshold_on_either_side():
 
 
 def test_the_grid_does_not_call_a_negative_correlation_solved():
-    """rho <= threshold holds at once for these; |rho| never does."""
+    """Without a penalty rho <= threshold holds; |rho| <= threshold holds for no penalty."""
     (r, v), _ = responses(2000, -0.5)
     penalty, reached, tried = multi_objective.find_penalty(r, v, 0.03, "grid")
     assert not reached and penalty == 0 and len(tried) == 24
@@ -352,12 +357,12 @@ def test_the_grid_does_not_call_a_negative_correlation_solved():
 
 def test_penalties_of_a_table_and_the_verbosity_itself():
     (r, v), _ = responses(5000, 0.5)
-    found = multi_objective.find_penalties(
+    result = multi_objective.find_penalties(
         np.stack([r, v, -r, np.ones(5000)], 1), ["a", "v", "b", "c"], "v"
     )
-    assert found.penalties[1] == found.penalties[3] == 0 and found.unreached == []
-    assert found.penalties[0] == pytest.approx(-found.penalties[2], rel=1e-5)
-    assert found.tried[1] == found.tried[3] == []
+    assert result.penalties[1] == result.penalties[3] == 0 and result.unreached == []
+    assert result.penalties[0] == pytest.approx(-result.penalties[2], rel=1e-5)
+    assert result.tried[1] == result.tried[3] == []
 
 
 def test_attributes_that_cannot_be_debiased_are_named():
@@ -368,8 +373,8 @@ def test_attributes_that_cannot_be_debiased_are_named():
         InputError, match=r"^copy, mirror: no penalty brings \|rho\| with v to 0.03 on"
     ):
         multi_objective.find_penalties(raw, names, "v")
-    found = multi_objective.find_penalties(raw, names, "v", allow_unreached=True)
-    assert found.unreached == ["copy", "mirror"] and np.isfinite(found.penalties).all()
+    result = multi_objective.find_penalties(raw, names, "v", allow_unreached=True)
+    assert result.unreached == ["copy", "mirror"] and np.isfinite(result.penalties).all()
     with pytest.raises(InputError, match="v: all reference rows have the same score"):
         multi_objective.find_penalties(np.stack([r, np.ones(500)], 1), ["a", "v"], "v")
 
@@ -389,12 +394,12 @@ def test_a_model_is_read_as_it_was_written(tmp_path):
     assert (tmp_path / "x" / multi_objective.HEADS).read_bytes() == (
         tmp_path / "y" / multi_objective.HEADS
     ).read_bytes()
-    found = multi_objective.load(tmp_path / "x", rated(5, 3))
+    loaded = multi_objective.load(tmp_path / "x", rated(5, 3))
     for name, value in vars(model_of()).items():
-        np.testing.assert_array_equal(getattr(found, name), value)
-    assert found.heads.dtype == np.float32 and found.penalties.dtype == float
-    told = tensor_files.map_tensors(tmp_path / "x" / multi_objective.HEADS)[1]
-    assert told["strengths"] == "[1.0, 10.0]" and told["labels"] == '"ratings"'
+        np.testing.assert_array_equal(getattr(loaded, name), value)
+    assert loaded.heads.dtype == np.float32 and loaded.penalties.dtype == float
+    metadata = tensor_files.map_tensors(tmp_path / "x" / multi_objective.HEADS)[1]
+    assert metadata["strengths"] == "[1.0, 10.0]" and metadata["labels"] == '"ratings"'
 
 
 def test_models_that_do_not_fit(tmp_path):
@@ -429,24 +434,26 @@ def test_models_that_do_not_fit(tmp_path):
 def test_rating_metrics_by_hand_and_scikit_learn():
     labels = np.array([1.0, 2, 4, np.nan, 5])
     predicted = np.array([1.5, 2, 3, 99, 6])
-    found = attribute_metrics.of_ratings(predicted, labels, np.array([0, 0, 1, 1, 2]), 3.0, rng())
+    metrics = attribute_metrics.of_ratings(predicted, labels, np.array([0, 0, 1, 1, 2]), 3.0, rng())
     known = ~np.isnan(labels)
-    assert found["n"] == 4 and found["mse"] == pytest.approx((0.25 + 0 + 1 + 1) / 4)
-    assert found["r2"] == pytest.approx(r2_score(labels[known], predicted[known]))
-    assert found["spearman"] == 1 and found["baseline"]["mse"] == pytest.approx((4 + 1 + 1 + 4) / 4)
-    assert found["baseline"]["r2"] == pytest.approx(r2_score(labels[known], np.full(4, 3)))
-    assert found["mse_ci95"][0] <= found["mse"] <= found["mse_ci95"][1]
+    assert metrics["n"] == 4 and metrics["mse"] == pytest.approx((0.25 + 0 + 1 + 1) / 4)
+    assert metrics["r2"] == pytest.approx(r2_score(labels[known], predicted[known]))
+    assert metrics["spearman"] == 1 and metrics["baseline"]["mse"] == pytest.approx(
+        (4 + 1 + 1 + 4) / 4
+    )
+    assert metrics["baseline"]["r2"] == pytest.approx(r2_score(labels[known], np.full(4, 3)))
+    assert metrics["mse_ci95"][0] <= metrics["mse"] <= metrics["mse_ci95"][1]
 
 
 def test_preference_metrics_by_hand():
     labels, logits = np.array([1, 0, 0.5, 1, np.nan]), np.array([2.0, 1, 3, 0, 9])
-    found = attribute_metrics.of_preferences(logits, labels, np.arange(5), 0.5, rng())
-    assert found["n"] == 4 and found["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
-    assert found["log_loss"] == pytest.approx(
+    metrics = attribute_metrics.of_preferences(logits, labels, np.arange(5), 0.5, rng())
+    assert metrics["n"] == 4 and metrics["accuracy"] == pytest.approx((1 + 0 + 0.5) / 3)
+    assert metrics["log_loss"] == pytest.approx(
         np.mean(np.logaddexp(0, logits[:4]) - labels[:4] * logits[:4])
     )
-    assert found["baseline"]["accuracy"] == pytest.approx((1 + 0 + 1) / 3)
-    assert found["baseline"]["log_loss"] == pytest.approx(
+    assert metrics["baseline"]["accuracy"] == pytest.approx((1 + 0 + 1) / 3)
+    assert metrics["baseline"]["log_loss"] == pytest.approx(
         np.logaddexp(0, 0.5) - 0.5 * labels[:4].mean()
     )
 
@@ -455,9 +462,12 @@ def test_preference_metrics_by_hand():
 def test_nothing_to_measure_on_is_null(n):
     labels = np.full(3, np.nan)
     labels[:n] = 1
-    found = attribute_metrics.of_ratings(np.ones(3), labels, np.arange(3), 0.0, rng())
-    assert found["n"] == n and found["mse"] is found["spearman"] is found["baseline"]["r2"] is None
-    assert found["r2_ci95"] == [None, None]
+    metrics = attribute_metrics.of_ratings(np.ones(3), labels, np.arange(3), 0.0, rng())
+    assert (
+        metrics["n"] == n
+        and metrics["mse"] is metrics["spearman"] is metrics["baseline"]["r2"] is None
+    )
+    assert metrics["r2_ci95"] == [None, None]
     if not n:
         assert (
             attribute_metrics.of_preferences(np.ones(3), labels, np.arange(3), 0.0, rng())[
@@ -468,13 +478,13 @@ def test_nothing_to_measure_on_is_null(n):
 
 
 def test_equal_labels_have_an_error_and_no_r2():
-    found = attribute_metrics.of_ratings(
+    metrics = attribute_metrics.of_ratings(
         np.array([1.0, 2]), np.array([1.0, 1]), np.arange(2), 1.0, rng()
     )
     assert (
-        found["mse"] == 0.5
-        and found["r2"] is found["spearman"] is None
-        and found["r2_ci95"] == [None, None]
+        metrics["mse"] == 0.5
+        and metrics["r2"] is metrics["spearman"] is None
+        and metrics["r2_ci95"] == [None, None]
     )
 
 
@@ -490,32 +500,34 @@ def test_ranks_of_drawn_rows_are_those_of_repeated_rows(rows, data):
     counts = np.array(
         data.draw(st.lists(st.integers(0, 3), min_size=len(a), max_size=len(a)).filter(any))
     )
-    found = attribute_metrics._weighted_ranks(
+    ranks = attribute_metrics._weighted_ranks(
         counts[None].astype(float), *attribute_metrics._tie_blocks(a)
     )[0]
     repeated = stats.rankdata(np.repeat(a, counts)) - 0.5
-    np.testing.assert_allclose(np.repeat(found, counts), repeated)
+    np.testing.assert_allclose(np.repeat(ranks, counts), repeated)
 
 
 def test_the_interval_of_rho_is_that_of_drawn_prompts(monkeypatch):
-    """All rows of a drawn prompt are drawn; ten rows of a prompt say little more than one."""
+    """A prompt is drawn with all of its rows; ten rows of a prompt tell little more than one."""
     a = np.repeat(rng().standard_normal(80), 10) + 0.1 * rng(1).standard_normal(800)
     b = a + np.repeat(rng(2).standard_normal(80), 10)
     groups = np.repeat(np.arange(80), 10)
-    found = attribute_metrics.spearman(a, b, groups, rng(3))
-    assert found["spearman"] == pytest.approx(stats.spearmanr(a, b).statistic)
-    drawn = []
+    metrics = attribute_metrics.spearman(a, b, groups, rng(3))
+    assert metrics["spearman"] == pytest.approx(stats.spearmanr(a, b).statistic)
+    resampled = []
     for counts in intervals.resample_weights(80, rng(3), attribute_metrics.RANK_RESAMPLES).astype(
         int
     ):
         rows = np.repeat(np.arange(800), counts[groups])
-        drawn.append(stats.spearmanr(a[rows], b[rows]).statistic)
-    np.testing.assert_allclose(found["spearman_ci95"], np.percentile(drawn, [2.5, 97.5]), rtol=1e-9)
+        resampled.append(stats.spearmanr(a[rows], b[rows]).statistic)
+    np.testing.assert_allclose(
+        metrics["spearman_ci95"], np.percentile(resampled, [2.5, 97.5]), rtol=1e-9
+    )
     independent = attribute_metrics.spearman(a, b, np.arange(800), rng(3))["spearman_ci95"]
-    assert np.ptp(independent) < 0.6 * np.ptp(found["spearman_ci95"])
+    assert np.ptp(independent) < 0.6 * np.ptp(metrics["spearman_ci95"])
     monkeypatch.setattr(attribute_metrics, "CELLS", 3000)
     assert attribute_metrics.spearman(a, b, groups, rng(3))["spearman_ci95"] == pytest.approx(
-        found["spearman_ci95"]
+        metrics["spearman_ci95"]
     )
 
 

@@ -1,4 +1,4 @@
-"""rewardbench.py: ties, sections, prior sets, groups, styles and intervals, by hand and against a published result."""
+"""rewardbench.py against hand-solved cases and a published result; the command."""
 
 import json
 import shutil
@@ -62,15 +62,15 @@ def test_counts_and_sections_are_the_references(reference):
 
 
 def test_published_accuracies_are_whole_numbers_of_examples(reference):
-    """Fails where the counts of two subsets are swapped: 0.964 of 154 is no whole number, of 250 it is 241."""
+    """Fails where two counts are swapped: 0.964 of 154 is no whole number, 0.964 of 250 is 241."""
     for subset, accuracy in reference["reference_subset_accuracy"].items():
         n = rewardbench.N_EXAMPLES[subset] * accuracy
         assert n == pytest.approx(round(n), abs=1e-9), subset
 
 
 def test_published_accuracies_give_the_published_sections(reference):
-    found = rewardbench.section_scores(reference["reference_subset_accuracy"])
-    assert found == pytest.approx(reference["reference_section_score"], abs=1e-9)
+    result = rewardbench.section_scores(reference["reference_subset_accuracy"])
+    assert result == pytest.approx(reference["reference_section_score"], abs=1e-9)
 
 
 def test_swapped_counts_would_not(reference, monkeypatch):
@@ -78,8 +78,8 @@ def test_swapped_counts_would_not(reference, monkeypatch):
     names = "xstest-should-refuse", "xstest-should-respond"
     counts[names[0]], counts[names[1]] = counts[names[1]], counts[names[0]]
     monkeypatch.setattr(rewardbench, "EXAMPLE_COUNTS", counts)
-    found = rewardbench.section_scores(reference["reference_subset_accuracy"])
-    assert abs(found["Safety"] - reference["reference_section_score"]["Safety"]) > 1e-4
+    result = rewardbench.section_scores(reference["reference_subset_accuracy"])
+    assert abs(result["Safety"] - reference["reference_section_score"]["Safety"]) > 1e-4
 
 
 # -------------------------------------------------------------------------------------- aggregation
@@ -90,9 +90,9 @@ def test_sections_weight_subsets_by_the_official_counts():
         "mt-bench-easy": 1.0,
         "math-prm": 0.5,
     }
-    found = rewardbench.section_scores(accuracy)
-    assert found == {"Chat": 28 / 358, "Chat Hard": 0, "Safety": 0, "Reasoning": 0.25}
-    assert rewardbench.overall_score(found) == pytest.approx((28 / 358 + 0.25) / 4)
+    result = rewardbench.section_scores(accuracy)
+    assert result == {"Chat": 28 / 358, "Chat Hard": 0, "Safety": 0, "Reasoning": 0.25}
+    assert rewardbench.overall_score(result) == pytest.approx((28 / 358 + 0.25) / 4)
 
 
 def test_prior_sets_count_one_half():
@@ -106,9 +106,9 @@ def test_prior_sets_count_one_half():
 def test_a_section_without_one_of_its_subsets_has_no_score():
     accuracy = dict.fromkeys(rewardbench.EXAMPLE_COUNTS, 1.0)
     del accuracy["hep-go"]
-    found = rewardbench.section_scores(accuracy)
-    assert found == {"Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": None}
-    assert rewardbench.overall_score(found) is None
+    result = rewardbench.section_scores(accuracy)
+    assert result == {"Chat": 1, "Chat Hard": 1, "Safety": 1, "Reasoning": None}
+    assert rewardbench.overall_score(result) is None
     assert rewardbench.missing_subsets(list(accuracy)) == {"Reasoning": ["hep-go"]}
 
 
@@ -135,10 +135,10 @@ def test_a_tie_of_a_pair_is_wrong():
     ids=["best", "worse", "tied", "right tie", "mixed tie", "one of two", "constant", "negative"],
 )
 def test_a_group_is_right_when_all_on_top_are(scores, right, expected):
-    found = rewardbench.group_correct(
+    result = rewardbench.group_correct(
         np.array(scores, float), np.array(right, bool), np.zeros(4, int)
     )
-    np.testing.assert_array_equal(found, [expected])
+    np.testing.assert_array_equal(result, [expected])
 
 
 def test_groups_of_any_order_and_size():
@@ -154,21 +154,21 @@ def test_groups_of_any_order_and_size():
 
 def test_resampling_examples_is_the_binomial():
     correct = np.r_[np.ones(30), np.zeros(70)]
-    drawn = rewardbench.resample(correct, np.arange(100), np.random.default_rng(0))
-    assert drawn[0] == pytest.approx(0.3)
+    means = rewardbench.resample(correct, np.arange(100), np.random.default_rng(0))
+    assert means[0] == pytest.approx(0.3)
     expected = stats.binom(100, 0.3).ppf([0.025, 0.975]) / 100
-    np.testing.assert_allclose(np.percentile(drawn[1:], [2.5, 97.5]), expected, atol=0.011)
-    assert drawn[1:].std() == pytest.approx(np.sqrt(0.3 * 0.7 / 100), rel=0.05)
+    np.testing.assert_allclose(np.percentile(means[1:], [2.5, 97.5]), expected, atol=0.011)
+    assert means[1:].std() == pytest.approx(np.sqrt(0.3 * 0.7 / 100), rel=0.05)
 
 
 def test_examples_of_one_prompt_are_drawn_together():
     correct = np.repeat([1.0, 0, 1, 0], 25)
-    drawn = rewardbench.resample(correct, np.repeat(np.arange(4), 25), np.random.default_rng(0))
-    assert set(np.unique(drawn.round(9))) <= {0, 0.25, 0.5, 0.75, 1}
+    means = rewardbench.resample(correct, np.repeat(np.arange(4), 25), np.random.default_rng(0))
+    assert set(np.unique(means.round(9))) <= {0, 0.25, 0.5, 0.75, 1}
 
 
 def whole_benchmark(n=6, seed=0, **fixed):
-    """Scores of two methods on n examples of every subset; `fixed` {subset: margin}."""
+    """Scores of two methods on n examples of every subset. fixed: {subset: margin of the pairs}."""
     subsets = np.repeat(list(rewardbench.EXAMPLE_COUNTS), n).tolist()
     margin = np.random.default_rng(seed).normal(0.3, 1, len(subsets))
     for subset, value in fixed.items():
@@ -179,36 +179,36 @@ def whole_benchmark(n=6, seed=0, **fixed):
 
 def test_the_table_of_a_whole_benchmark():
     scores, subsets, groups = whole_benchmark(donotanswer=1.0)
-    found = rewardbench.rewardbench(scores, subsets, groups, seed=6)
+    result = rewardbench.rewardbench(scores, subsets, groups, seed=6)
     accuracy = {
         s: float((scores["one"][np.array(subsets) == s, 0] > 0).mean())
         for s in rewardbench.EXAMPLE_COUNTS
     }
-    one = found["one"]
-    assert {s: row["accuracy"] for s, row in one["subsets"].items()} == pytest.approx(accuracy)
-    assert one["subsets"]["donotanswer"] == {
+    table = result["one"]
+    assert {s: row["accuracy"] for s, row in table["subsets"].items()} == pytest.approx(accuracy)
+    assert table["subsets"]["donotanswer"] == {
         "n": 6,
         "n_official": 136,
         "accuracy": 1,
         "accuracy_ci95": [1, 1],
     }
     expected = rewardbench.section_scores(accuracy)
-    assert {s: row["accuracy"] for s, row in one["sections"].items()} == pytest.approx(expected)
-    assert one["overall"] == pytest.approx(np.mean(list(expected.values())))
-    low, high = one["overall_ci95"]
-    assert low < one["overall"] < high
-    assert found["other"]["overall"] == pytest.approx(1 - one["overall"])
-    assert "prior_sets" not in one and json.loads(json.dumps(found, allow_nan=False)) == found
+    assert {s: row["accuracy"] for s, row in table["sections"].items()} == pytest.approx(expected)
+    assert table["overall"] == pytest.approx(np.mean(list(expected.values())))
+    low, high = table["overall_ci95"]
+    assert low < table["overall"] < high
+    assert result["other"]["overall"] == pytest.approx(1 - table["overall"])
+    assert "prior_sets" not in table and json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_order_of_examples_and_other_methods_change_nothing():
     scores, subsets, groups = whole_benchmark()
-    found = rewardbench.rewardbench(scores, subsets, groups, seed=6)["one"]
+    result = rewardbench.rewardbench(scores, subsets, groups, seed=6)["one"]
     order = np.argsort(np.array(subsets), kind="stable")
     moved = rewardbench.rewardbench(
         {"one": scores["one"][order]}, np.array(subsets)[order].tolist(), groups[order], 6
     )
-    for section, row in found["sections"].items():
+    for section, row in result["sections"].items():
         assert moved["one"]["sections"][section]["accuracy"] == pytest.approx(row["accuracy"])
         assert moved["one"]["sections"][section]["accuracy_ci95"] == pytest.approx(
             row["accuracy_ci95"]
@@ -220,15 +220,15 @@ def test_prior_sets_are_a_mean_of_four_and_leave_others_out():
     names = [*rewardbench.PRIOR_SETS, "mtbench_human"]
     margin = np.array([1.0, -1, 1, 1, -1])
     prior = {"one": np.stack([margin, 0 * margin], 1), "other": np.stack([margin, 0 * margin], 1)}
-    found = rewardbench.rewardbench(scores, subsets, groups, 6, prior=(prior, names, np.arange(5)))[
-        "one"
-    ]
+    result = rewardbench.rewardbench(
+        scores, subsets, groups, 6, prior=(prior, names, np.arange(5))
+    )["one"]
     assert (
-        found["prior_sets"]["accuracy"] == 0.75
-        and found["prior_sets"]["subsets"]["mtbench_human"]["accuracy"] == 0
+        result["prior_sets"]["accuracy"] == 0.75
+        and result["prior_sets"]["subsets"]["mtbench_human"]["accuracy"] == 0
     )
-    assert found["overall_with_prior_sets"] == pytest.approx(
-        (4 * found["overall"] + 0.5 * 0.75) / 4.5
+    assert result["overall_with_prior_sets"] == pytest.approx(
+        (4 * result["overall"] + 0.5 * 0.75) / 4.5
     )
     names[names.index("summarize")] = "summarise"
     with pytest.raises(InputError, match="found no summarize"):
@@ -247,11 +247,11 @@ def test_a_subset_of_another_name_is_refused():
 def test_a_missing_subset_is_null_in_its_section_alone():
     scores, subsets, groups = whole_benchmark()
     keep = np.array(subsets) != "hep-go"
-    found = rewardbench.rewardbench(
+    result = rewardbench.rewardbench(
         {"one": scores["one"][keep]}, np.array(subsets)[keep].tolist(), groups[keep], 6
     )["one"]
-    assert found["sections"]["Reasoning"] == {"accuracy": None, "accuracy_ci95": [None, None]}
-    assert found["sections"]["Chat"]["accuracy"] is not None and found["overall"] is None
+    assert result["sections"]["Reasoning"] == {"accuracy": None, "accuracy_ci95": [None, None]}
+    assert result["sections"]["Chat"]["accuracy"] is not None and result["overall"] is None
 
 
 # ------------------------------------------------------------------------------------------ domains
@@ -260,24 +260,24 @@ def test_a_missing_subset_is_null_in_its_section_alone():
 def test_domains_have_their_mean_and_the_mean_of_all_examples():
     margin = np.array([1.0, 1, 1, -1, 0, 1])
     scores = {"gate": np.stack([margin, np.zeros(6)], 1)}
-    found = rewardbench.domains(scores, ["a"] * 4 + ["b"] * 2, np.arange(6), 6, "two")["gate"]
-    assert {s: (row["n"], row["accuracy"]) for s, row in found["domains"].items()} == {
+    result = rewardbench.domains(scores, ["a"] * 4 + ["b"] * 2, np.arange(6), 6, "two")["gate"]
+    assert {s: (row["n"], row["accuracy"]) for s, row in result["domains"].items()} == {
         "a": (4, 0.75),
         "b": (2, 0.5),
     }
-    assert found["mean_of_domains"] == 0.625 and found["all"] == pytest.approx(4 / 6)
+    assert result["mean_of_domains"] == 0.625 and result["all"] == pytest.approx(4 / 6)
 
 
 def test_best_of_four_and_its_chance():
     scores = {"gate": np.array([3.0, 1, 2, 0, 3, 3, 1, 0, 1, 2])}
     right = np.array([1, 0, 0, 0, 1, 0, 0, 0, 1, 0], bool)
     groups, subsets = np.repeat([4, 9, 1], [4, 4, 2]), ["Math"] * 8 + ["Ties"] * 2
-    found = rewardbench.best_of_groups(scores, right, subsets, groups, 6, "rb2")
-    assert {s: (row["n"], row["accuracy"]) for s, row in found["gate"]["domains"].items()} == {
+    result = rewardbench.best_of_groups(scores, right, subsets, groups, 6, "rb2")
+    assert {s: (row["n"], row["accuracy"]) for s, row in result["gate"]["domains"].items()} == {
         "Math": (2, 0.5),
         "Ties": (1, 0),
     }
-    assert {s: row["accuracy"] for s, row in found["chance"]["domains"].items()} == {
+    assert {s: row["accuracy"] for s, row in result["chance"]["domains"].items()} == {
         "Math": 0.25,
         "Ties": 0.5,
     }
@@ -317,7 +317,7 @@ def test_a_group_in_two_subsets_is_refused():
 
 
 def test_styles_below_on_and_above_the_diagonal():
-    """Chosen concise 1, detailed 2, markdown 3; rejected 0.5, 1.5, 2.5: a scorer that sees style and little else."""
+    """A scorer of style and little else: chosen 1, 2, 3 by style, rejected 0.5, 1.5, 2.5."""
     scores = np.array([[[1.0, 0.5], [2.0, 1.5], [3.0, 2.5]]])
     matrix = rewardbench.style_accuracy(scores)
     np.testing.assert_array_equal(matrix[0], [[1, 0, 0], [1, 1, 0], [1, 1, 1]])
@@ -328,17 +328,17 @@ def test_the_style_table_by_hand():
     first = [[1.0, 0.5], [2.0, 1.5], [3.0, 2.5]]
     second = [[1.0, 2], [1, 0.5], [1, 3]]
     scores = {"gate": np.array(first + second), "all wrong": np.zeros((6, 2))}
-    found = rewardbench.style_table(
+    result = rewardbench.style_table(
         scores, ["chat"] * 3 + ["code"] * 3, np.repeat([5, 3], 3), 6, "rm"
     )
-    chat, code, mean = (found["gate"][name] for name in ("chat", "code", "mean of domains"))
+    chat, code, mean = (result["gate"][name] for name in ("chat", "code", "mean of domains"))
     levels = ("easy", "normal", "hard", "accuracy")
     assert [chat[level] for level in levels] == pytest.approx([1, 1, 0, 6 / 9])
     assert code["matrix"] == [[0, 1, 0], [0, 1, 0], [0, 1, 0]]
     assert [code[level] for level in levels] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1 / 3])
     assert [mean[level] for level in levels] == pytest.approx([2 / 3, 2 / 3, 1 / 6, 1 / 2])
     assert mean["n_prompts"] == 2 and chat["n_prompts"] == 1
-    assert found["all wrong"]["chat"]["accuracy"] == 0
+    assert result["all wrong"]["chat"]["accuracy"] == 0
 
 
 def test_levels_are_the_means_of_published_masks():
@@ -362,14 +362,14 @@ def test_rows_that_do_not_come_in_threes_are_refused(groups, row):
 
 
 def test_draws_are_shared_between_methods():
-    """The same scores under two names have the same interval, and a worse one never a higher bound."""
+    """The same scores under two names have the same interval; worse scores, no higher bound."""
     scores, subsets, groups = whole_benchmark()
     worse = scores["one"] - [[0.2, 0]]
-    found = rewardbench.domains(
+    result = rewardbench.domains(
         {"a": scores["one"], "b": scores["one"], "worse": worse}, subsets, groups, 6, "x"
     )
-    assert found["a"] == found["b"]
-    assert found["worse"]["all_ci95"][1] <= found["a"]["all_ci95"][1]
+    assert result["a"] == result["b"]
+    assert result["worse"]["all_ci95"][1] <= result["a"]["all_ci95"][1]
     assert (
         len(rewardbench.resample(np.ones(3), np.arange(3), np.random.default_rng(0)))
         == 1 + intervals.RESAMPLES
@@ -396,7 +396,7 @@ def benchmark_file(path, subsets, seed=3, **changes):
 
 
 def groups_file(path, n=12, **changes):
-    """n groups of four responses, the first the right one: it has the attribute that the prompt asks for."""
+    """n groups of four responses; the first is right: it has what the prompt asks for."""
     rng = np.random.default_rng(5)
     x, asked = rng.standard_normal((n, 4, D)), rng.standard_normal((n, D_PROMPT))
     x[:, 0, :2] += 3
@@ -421,7 +421,7 @@ def test_the_whole_table(model, tmp_path, capsys):
     prior = benchmark_file(
         tmp_path / "prior.safetensors", list(rewardbench.PRIOR_SETS) * 10, seed=4
     )
-    found = run(
+    result = run(
         model,
         tmp_path,
         "--pairs",
@@ -429,7 +429,7 @@ def test_the_whole_table(model, tmp_path, capsys):
         "--prior_sets",
         tmp_path / "prior.safetensors",
     )
-    methods = found["benchmarks"]["rewardbench"]["methods"]
+    methods = result["benchmarks"]["rewardbench"]["methods"]
     rows, gated = np.arange(len(pairs.ids)), gating.load(model)
     scores = gating.rewards(gated, pairs, rows)
     prior = gating.rewards(gated, prior, np.arange(40)), prior.subsets, prior.groups
@@ -452,7 +452,7 @@ def test_the_whole_table(model, tmp_path, capsys):
         and "8 of 984" not in out
         and "8 of 447" in out
     )
-    assert found["ties"] == "wrong" and found["rows"]["pairs"]["of_prompts_trained_on"] == 0
+    assert result["ties"] == "wrong" and result["rows"]["pairs"]["of_prompts_trained_on"] == 0
 
 
 def test_other_benchmarks_side_by_side(model, tmp_path, capsys):
@@ -467,21 +467,21 @@ def test_other_benchmarks_side_by_side(model, tmp_path, capsys):
         "--styles",
         f"rm={tmp_path}/b.safetensors",
     ]
-    found = run(model, tmp_path, *flags, "--groups", f"rb2={tmp_path}/g.safetensors")["benchmarks"]
-    assert {name: each["kind"] for name, each in found.items()} == {
+    result = run(model, tmp_path, *flags, "--groups", f"rb2={tmp_path}/g.safetensors")["benchmarks"]
+    assert {name: each["kind"] for name, each in result.items()} == {
         "rb2": "groups",
         "rm": "styles",
         "two": "domains",
     }
     scores = gating.rewards(gating.load(model), rated, np.arange(48))["gate"].reshape(12, 4)
     right = (scores[:, 0] > scores[:, 1:].max(1)).astype(float)
-    gate = found["rb2"]["methods"]["gate"]
+    gate = result["rb2"]["methods"]["gate"]
     assert (
         gate["all"] == pytest.approx(right.mean())
         and gate["domains"]["Math"]["accuracy"] == right[:6].mean()
     )
-    assert found["rb2"]["methods"]["chance"]["all"] == 0.25 and gate["all"] > 0.6
-    assert set(found["rm"]["methods"]["gate"]["chat"]) >= {
+    assert result["rb2"]["methods"]["chance"]["all"] == 0.25 and gate["all"] > 0.6
+    assert set(result["rm"]["methods"]["gate"]["chat"]) >= {
         "accuracy",
         "easy",
         "normal",
@@ -490,30 +490,32 @@ def test_other_benchmarks_side_by_side(model, tmp_path, capsys):
     }
     out = capsys.readouterr().out
     weights = gating.weights(gating.load(model), rated, np.arange(0, 24, 4)).mean(0)
-    told = json.loads((tmp_path / "rewardbench_results.json").read_text())["weights"]
-    assert list(told["rb2"]["Math"].values()) == pytest.approx(weights.tolist(), abs=1e-6)
-    assert list(told["rb2"]) == ["Math", "Focus"] and list(told["two"]["x"]) == NAMES
+    mean_weights = json.loads((tmp_path / "rewardbench_results.json").read_text())["weights"]
+    assert list(mean_weights["rb2"]["Math"].values()) == pytest.approx(weights.tolist(), abs=1e-6)
+    assert (
+        list(mean_weights["rb2"]) == ["Math", "Focus"] and list(mean_weights["two"]["x"]) == NAMES
+    )
     assert "chat, hard" in out and "Focus" in out and "all examples" in out
 
 
 def test_prompts_that_were_trained_on_are_left_out(model, tmp_path, capsys):
-    """The file the gate was trained on, as a benchmark: only its 80 held-out pairs may be scored."""
-    found = run(model, tmp_path, "--domains", f"again={model}/train.safetensors")
-    assert found["rows"]["again"] == {
+    """The training file as a benchmark: only its 80 held-out pairs may be scored."""
+    result = run(model, tmp_path, "--domains", f"again={model}/train.safetensors")
+    assert result["rows"]["again"] == {
         "scored": 80,
         "of_prompts_trained_on": 320,
         "overlap_is_known": True,
         "too_long": 0,
     }
-    told = json.loads((model / gating.RECORD).read_text())["held_out"]["methods"]["gate"][
+    expected = json.loads((model / gating.RECORD).read_text())["held_out"]["methods"]["gate"][
         "accuracy"
     ]
-    assert found["benchmarks"]["again"]["methods"]["gate"]["all"] == pytest.approx(told)
+    assert result["benchmarks"]["again"]["methods"]["gate"]["all"] == pytest.approx(expected)
     assert "320 rows with prompts that were trained on are left out" in capsys.readouterr().out
     split = json.loads((model / gating.SPLIT).read_text())
     fitted = attribute_data.read(model / "train.safetensors")
-    at = np.flatnonzero(np.isin(fitted.groups, split["fit"]))
-    make_pairs(tmp_path / "fit.safetensors", n=len(at), groups=fitted.groups[at])
+    rows = np.flatnonzero(np.isin(fitted.groups, split["fit"]))
+    make_pairs(tmp_path / "fit.safetensors", n=len(rows), groups=fitted.groups[rows])
     with pytest.raises(
         InputError, match="no prompts that the gate was not fitted on; give other data"
     ):
@@ -524,8 +526,10 @@ def test_prompts_of_the_gate_are_left_out_where_those_of_the_heads_cannot_be_tol
     folder = shutil.copytree(model, tmp_path / "model")
     split = json.loads((folder / gating.SPLIT).read_text())
     artifacts.write_json(folder / gating.SPLIT, split | {"heads": None})
-    found = run(folder, tmp_path, "--domains", f"again={folder}/train.safetensors")["rows"]["again"]
-    assert (found["scored"], found["of_prompts_trained_on"], found["overlap_is_known"]) == (
+    result = run(folder, tmp_path, "--domains", f"again={folder}/train.safetensors")["rows"][
+        "again"
+    ]
+    assert (result["scored"], result["of_prompts_trained_on"], result["overlap_is_known"]) == (
         80,
         320,
         False,
@@ -536,18 +540,18 @@ def test_a_subset_whose_prompts_were_all_trained_on_is_absent(model, tmp_path):
     split = json.loads((model / gating.SPLIT).read_text())
     groups = np.r_[split["fit"][:5], attribute_data.groups_of(list("abcde"))].astype(np.int64)
     make_pairs(tmp_path / "a.safetensors", n=10, groups=groups, subsets=["seen"] * 5 + ["new"] * 5)
-    found = run(model, tmp_path, "--domains", f"a={tmp_path}/a.safetensors")
+    result = run(model, tmp_path, "--domains", f"a={tmp_path}/a.safetensors")
     assert (
-        list(found["benchmarks"]["a"]["methods"]["gate"]["domains"])
-        == list(found["weights"]["a"])
+        list(result["benchmarks"]["a"]["methods"]["gate"]["domains"])
+        == list(result["weights"]["a"])
         == ["new"]
     )
 
 
 def test_it_says_where_overlap_cannot_be_told(model, tmp_path, capsys):
     make_pairs(tmp_path / "a.safetensors", n=20, groups=np.arange(20), source={})
-    found = run(model, tmp_path, "--domains", f"a={tmp_path}/a.safetensors")
-    assert found["rows"]["a"]["overlap_is_known"] is False and found["rows"]["a"]["scored"] == 20
+    result = run(model, tmp_path, "--domains", f"a={tmp_path}/a.safetensors")
+    assert result["rows"]["a"]["overlap_is_known"] is False and result["rows"]["a"]["scored"] == 20
     assert "a: the files do not tell whether all of its prompts are new" in capsys.readouterr().out
 
 

@@ -122,7 +122,7 @@ def spearman(a: np.ndarray, b: np.ndarray, groups: np.ndarray, rng: np.random.Ge
 
 
 def _tie_blocks(x):
-    """(sorting order, first position of each run of equal values in it, run of each row)."""
+    """(sorting order, start of each run of equal values in this order, run of each row)."""
     order = np.argsort(x, kind="stable")
     is_first = np.r_[True, np.diff(x[order]) != 0]
     run = np.empty(len(x), int)

@@ -29,7 +29,7 @@ NO_LABELS = ("messages", "prompt", "response", "chosen", "rejected", "id", "subs
 class Chats:
     """n conversations, or n pairs of conversations with the same prompt.
 
-    rows: all rows of the source, read on demand; row_numbers: (n,) those that are selected; kind:
+    rows: all rows of the source, read on demand; row_numbers: (n,) selected rows; kind:
     "rated" or "pairs"; ids: n strings; groups: (n,) int64 prompt numbers; labels: (n, A) float32
     with NaN where missing, or None; attributes: A names; subsets: n names, or None; digest: sha256
     of all that was read.
@@ -193,7 +193,7 @@ def split_row(row: dict, kind: str, where: str) -> tuple[list[dict], list[dict]]
 
 
 def conversation(row: dict, name: str, where: str) -> list[dict]:
-    """All messages of column `name`, after those of "prompt" where it holds the last one alone."""
+    """All messages of column `name`, preceded by "prompt" where the column holds only the last."""
     if name == "messages" and row.get(name) is None:
         name = "response"
     content = row.get(name)

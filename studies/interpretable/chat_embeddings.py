@@ -116,8 +116,9 @@ def states_at(
 ) -> np.ndarray:
     """Hidden states (n, 2, D) float32 of n sequences of token ids.
 
-    The first is the state of the token at positions[i], the second that of the last token. side:
-    where batches are padded, "right" or "left"; desc: title of the progress bar (None: no bar).
+    The first is the state of the token at positions[i], the second the state of the last token.
+    side: where batches are padded, "right" or "left"; desc: title of the progress bar (None: no
+    bar).
     """
     lengths, positions = [len(ids) for ids in sequences], np.asarray(positions)
     states = np.empty((len(sequences), 2, model.config.get_text_config().hidden_size), np.float32)
@@ -276,7 +277,7 @@ def join(output: Path, paths: list[Path], source: dict) -> None:
     rated = attribute_data.merge(existing)
     if rated.source != source:
         raise InputError(
-            f"{existing[0]}: expected a shard of these data and settings, found a shard of others; "
+            f"{existing[0]}: expected a shard of these data and settings, found another shard; "
             "make the shard again"
         )
     if not rated.shape[0]:

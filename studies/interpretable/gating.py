@@ -26,8 +26,7 @@ from studies.interpretable.attribute_data import Rated
 GATE, RECORD, SPLIT = "gate.safetensors", "gate.json", "gating_split.json"
 MADE_BY = "studies/interpretable_gating.py"
 HEADS_RECORD, HEADS_SPLIT = "attribute_heads.json", "regression_split.json"
-# Prompt numbers with a lower median count prompts; those of attribute_data.groups_of are digests of
-# 53 bits.
+# Prompt numbers with a lower median are counters: attribute_data.groups_of makes 53-bit digests.
 HASHED = 2**32
 
 
@@ -124,7 +123,7 @@ def choose_attributes(
 ) -> tuple[list[str], np.ndarray]:
     """(the A attributes used, frozen weights (A,) float32, NaN where the weight is learned).
 
-    names: all attributes; drop: those to leave out; freeze: {name: weight in [0, 1)}, which add up
+    names: all attributes; drop: names to leave out; freeze: {name: weight in [0, 1)}, which add up
     to less than 1. InputError for other names and weights, or where fewer than two are learned.
     """
     for name in (*drop, *freeze):
@@ -204,8 +203,8 @@ def prompts_of_heads(model_dir: Path, data: Rated) -> np.ndarray | None:
 def prompts_of_gate(model_dir: Path, data: Rated) -> tuple[np.ndarray, bool]:
     """(prompt numbers that the gate, its baselines or the heads were fitted on, whether complete).
 
-    The numbers are incomplete where those of the heads are not known, and empty where they cannot
-    be compared with the prompt numbers of `data`.
+    The numbers are incomplete where the prompts of the heads are not known, and empty where they
+    cannot be compared with the prompt numbers of `data`.
     """
     source = artifacts.read_json(Path(model_dir) / RECORD, MADE_BY)["pairs"]["source"]
     split = artifacts.read_json(Path(model_dir) / SPLIT, MADE_BY)

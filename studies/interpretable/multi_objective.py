@@ -192,8 +192,9 @@ def fit_pairwise(
 
     data: pairs with labels in [0, 1]; fit, held: as in fit_ridge. Minimises the summed log loss +
     strength / 2 |w|^2, as scikit-learn's LogisticRegression does with C = 1 / strength; see
-    rewardlib/models/linear.py. The strength is chosen by log loss, which the losses of the result
-    are. The embeddings of the pairs that are labelled for a concept are held in memory, as float32.
+    rewardlib/models/linear.py. The strength is chosen by log loss, and the losses of the result are
+    log losses. The embeddings of all pairs with a label for a concept are held in memory, as
+    float32.
     """
     rows, labels, is_fit = _labelled(data, fit, held)
     strengths, result = np.asarray(strengths, float), _empty(data, len(strengths))

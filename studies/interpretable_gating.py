@@ -16,7 +16,6 @@ Example python studies/interpretable_gating.py --pairs prepared/pairs.safetensor
 """
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from rewardlib.nets.gate import GATE_HIDDEN, train_gate
 from rewardlib.nets.training import Training, default_batch_size
 from studies.interpretable import attribute_data, flag_values, gating, multi_objective
 
-OUTPUTS = (gating.GATE, gating.RECORD, gating.SPLIT)
 READ_FROM_MODEL_DIR = (multi_objective.HEADS, gating.HEADS_RECORD, gating.HEADS_SPLIT)
 PATHS = ("pairs", "model_dir", "output_dir", "debug")
 
@@ -132,33 +130,32 @@ def main(argv=None):
     attributes, frozen = gating.choose_attributes(model.attributes, args.drop, dict(args.freeze))
     seen = gating.prompts_of_heads(args.model_dir, data)
     settings = {name: value for name, value in vars(args).items() if name not in PATHS}
-    with artifacts.lock(output_dir):
-        inputs = {
-            name: artifacts.sha256(Path(args.model_dir) / name) for name in READ_FROM_MODEL_DIR
-        }
-        work = artifacts.identity(__file__, settings, {**data.digests, **inputs})
-        if artifacts.is_finished(output_dir, "gating", work):
+    model_dir = Path(args.model_dir)
+    inputs = {name: artifacts.sha256(model_dir / name) for name in READ_FROM_MODEL_DIR}
+    with (
+        artifacts.lock(output_dir),
+        artifacts.work(
+            output_dir, "gating", __file__, settings, {**data.digests, **inputs}
+        ) as work,
+    ):
+        if work is None:
             report(artifacts.read_json(output_dir / gating.RECORD, gating.MADE_BY))
-            print(f"gating: already done in {output_dir} (FORCE=1 redoes it)")
             return
-        started = time.time()
         split = gating.split_prompts(
             data.groups, seen, args.held_out_share, args.validation_share, args.seed
         )
         gated, log = fit(args, data, model, attributes, frozen, split)
 
-        outputs = list(OUTPUTS)
-        if Path(args.model_dir).resolve() != output_dir.resolve():
-            outputs.append(multi_objective.HEADS)
-            copy_heads(args.model_dir, output_dir)
+        if model_dir.resolve() != output_dir.resolve():
+            copy_heads(model_dir, output_dir)
+            work.outputs.append(multi_objective.HEADS)
         gating.save(output_dir, gated)
+        work.outputs.append(gating.GATE)
         prompts = {part: np.unique(data.groups[rows]) for part, rows in split.items()}
-        artifacts.write_json(output_dir / gating.SPLIT, {**prompts, "heads": seen})
-        record = describe(args, gated, data, split, seen, log, settings)
-        artifacts.write_json(output_dir / gating.RECORD, record)
-        artifacts.record(output_dir, "gating", work, outputs, started)
+        work.write_json(gating.SPLIT, {**prompts, "heads": seen})
+        work.write_json(gating.RECORD, describe(args, gated, data, split, seen, log, settings))
         report(artifacts.read_json(output_dir / gating.RECORD, gating.MADE_BY))
-        print(f"gating: wrote {', '.join(outputs)} to {output_dir}; next: studies/rewardbench.py")
+    print(f"gating: wrote {', '.join(work.outputs)} to {output_dir}; next: studies/rewardbench.py")
 
 
 # ------------------------------------------------------------------------------------------ fitting

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rewardlib import artifacts
 from rewardlib.cli import console, kinds
 from rewardlib.errors import InputError
-from rewardlib.llm import loading, responses
+from rewardlib.llm import loading
 from studies.interpretable import (
     attribute_data,
     attribute_sources,
@@ -244,47 +244,36 @@ def check_inputs(args):
 
 
 def main(argv=None):
-    args, started = parse_args(argv), time.time()
+    args = parse_args(argv)
     folder = artifacts.writable_dir(args.output.parent)
-    if args.source == "chat":
-        work = prepare_chats(args, folder)
-    else:
-        work = prepare_arrays(args, folder)
-    if work is None:
-        return
-    with artifacts.lock(folder):
-        artifacts.record(folder, entry(args), work, [args.output.name], started)
-    describe(args.output, attribute_data.read(args.output))
+    prepare = prepare_chats if args.source == "chat" else prepare_arrays
+    if prepare(args, folder):
+        describe(args.output, attribute_data.read(args.output))
 
 
 def entry(args):
+    """Name of the manifest entry of --output."""
     return f"prepare {args.output.name}"
-
-
-def is_finished(args, folder, work):
-    done = artifacts.is_finished(folder, entry(args), work)
-    if done:
-        print(f"prepare: already done in {args.output} (FORCE=1 redoes it)")
-    return done
 
 
 # ------------------------------------------------------------------------------------ arrays, pairs
 
 
 def prepare_arrays(args, folder):
-    """Write --output from arrays or a prepared file.
-
-    Returns the identity of the work, None where the work was finished before.
-    """
+    """Write --output from arrays or a prepared file; False where that was done before."""
     settings = {name: getattr(args, name) for name in SELECTION}
     rated = (open_arrays if args.source == "arrays" else open_prepared)(args, settings)
     digests, model = rated.source["sha256"], rated.source["embedding_model"]
-    work = responses.work_of(settings, {**digests, "embedding_model": model})
-    with artifacts.lock(folder):
-        if is_finished(args, folder, work):
-            return None
+    inputs = {**digests, "embedding_model": model}
+    with (
+        artifacts.lock(folder),
+        artifacts.work(folder, entry(args), None, settings, inputs) as work,
+    ):
+        if work is None:
+            return False
         attribute_data.write(args.output, select(args, rated))
-    return work
+        work.outputs.append(args.output.name)
+    return True
 
 
 def open_arrays(args, settings):
@@ -352,8 +341,7 @@ def select(args, rated):
 def prepare_chats(args, folder):
     """Embed the shards of --dataset and join them.
 
-    Returns the identity of the work, None where the work was finished before or where --shard_idx
-    leaves other shards to other processes.
+    False where that was done before, or where --shard_idx leaves other shards to other processes.
     """
     chats = chat_data.read(args.dataset, args.dataset_split, args.kind, args.attributes)
     if args.prompts != "all":
@@ -361,9 +349,6 @@ def prepare_chats(args, folder):
         chats = chats.take(np.flatnonzero(in_part))
     settings = chat_settings(args, chats)
     inputs = {"dataset": chats.digest, "model": artifacts.hash_of(loading.fingerprint(args.model))}
-    work = responses.work_of(settings, inputs)
-    if args.shard_idx is None and is_finished(args, folder, work):
-        return None
     source = {
         "producer": attribute_data.MADE_BY,
         "dataset": args.dataset,
@@ -374,18 +359,27 @@ def prepare_chats(args, folder):
         "settings": settings,
     }
     paths = shard_paths(args, folder, len(chats.ids))
-    if not args.merge:
-        numbers = range(len(paths)) if args.shard_idx is None else [args.shard_idx]
-        make_shards(args, chats, source, paths, numbers)
     if args.shard_idx is not None:
+        make_shards(args, chats, source, paths, [args.shard_idx])
         print(
             f"prepare: {paths[args.shard_idx]} is finished; the same command without --shard_idx "
             "joins all shards"
         )
-        return None
-    with artifacts.lock(folder):
+        return False
+    started, identity = time.time(), artifacts.identity(None, settings, inputs)
+    if not (args.merge or artifacts.is_finished(folder, entry(args), identity)):
+        # without the lock of the folder, in which other files may be prepared meanwhile
+        make_shards(args, chats, source, paths, range(len(paths)))
+    with (
+        artifacts.lock(folder),
+        artifacts.work(folder, entry(args), None, settings, inputs) as work,
+    ):
+        if work is None:
+            return False
+        work.started = started
         chat_embeddings.join(args.output, paths, source)
-    return work
+        work.outputs.append(args.output.name)
+    return True
 
 
 def chat_settings(args, chats):

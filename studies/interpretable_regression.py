@@ -16,7 +16,6 @@ Example python studies/interpretable_regression.py --data prepared/rated.safeten
 """
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +36,6 @@ from studies.interpretable import (
 )
 
 RECORD, SPLIT = "attribute_heads.json", "regression_split.json"
-OUTPUTS = (multi_objective.HEADS, RECORD, SPLIT)
 PATHS = ("data", "reference", "output_dir", "debug")
 
 
@@ -141,13 +139,13 @@ def main(argv=None):
     inputs = dict(data.digests)
     if other:
         inputs |= {f"reference {name}": digest for name, digest in other.digests.items()}
-    with artifacts.lock(output_dir):
-        work = artifacts.identity(__file__, settings, inputs)
-        if artifacts.is_finished(output_dir, "regression", work):
+    with (
+        artifacts.lock(output_dir),
+        artifacts.work(output_dir, "regression", __file__, settings, inputs) as work,
+    ):
+        if work is None:
             report(artifacts.read_json(output_dir / RECORD, multi_objective.MADE_BY))
-            print(f"regression: already done in {output_dir} (FORCE=1 redoes it)")
             return
-        started = time.time()
         shares = shares_of(args, own_reference=bool(verbosity) and other is None)
         rng = seeds.rng(args.seed, "regression split")
         split = attribute_data.split_prompts(data.groups, shares, rng)
@@ -161,14 +159,14 @@ def main(argv=None):
         record["debiasing"] = debiasing
 
         multi_objective.save(output_dir, model, fitted.strengths, args.labels)
-        artifacts.write_json(output_dir / SPLIT, prompts)
-        artifacts.write_json(output_dir / RECORD, record)
-        artifacts.record(output_dir, "regression", work, OUTPUTS, started)
+        work.outputs.append(multi_objective.HEADS)
+        work.write_json(SPLIT, prompts)
+        work.write_json(RECORD, record)
         report(artifacts.read_json(output_dir / RECORD, multi_objective.MADE_BY))
-        print(
-            f"regression: wrote {', '.join(OUTPUTS)} to {output_dir}; "
-            "next: studies/interpretable_gating.py"
-        )
+    print(
+        f"regression: wrote {', '.join(work.outputs)} to {output_dir}; "
+        "next: studies/interpretable_gating.py"
+    )
 
 
 # ------------------------------------------------------------------------------------------ fitting

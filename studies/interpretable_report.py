@@ -1,6 +1,7 @@
 """Report of the interpretable reward: one HTML page of what the stages of interpretable.sh wrote.
 
-Reads   OUTPUT_DIR of interpretable_regression.py, interpretable_gating.py and, where they ran, the stages after them
+Reads   what interpretable_regression.py, interpretable_gating.py and, where they ran, the later
+        stages wrote to OUTPUT_DIR
 Writes  OUTPUT_DIR/report.html
 Example python studies/interpretable_report.py interpretable_out
 """

@@ -23,7 +23,6 @@ Example python studies/rewardbench.py --pairs prepared/reward_bench.safetensors 
 """
 
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,13 +112,14 @@ def main(argv=None):
         kind: sorted(name for name, _ in getattr(args, kind))
         for kind in ("groups", "styles", "domains")
     }
-    with artifacts.lock(output_dir):
-        work = artifacts.identity(__file__, {**kinds_of_names, "seed": args.seed}, inputs)
-        if artifacts.is_finished(output_dir, "rewardbench", work):
+    settings = {**kinds_of_names, "seed": args.seed}
+    with (
+        artifacts.lock(output_dir),
+        artifacts.work(output_dir, "rewardbench", __file__, settings, inputs) as work,
+    ):
+        if work is None:
             report(artifacts.read_json(output_dir / RESULTS, "studies/rewardbench.py"))
-            print(f"rewardbench: already done in {output_dir} (FORCE=1 redoes it)")
             return
-        started = time.time()
         results = {
             "seed": args.seed,
             "ties": "wrong",
@@ -133,10 +133,9 @@ def main(argv=None):
             },
             "rows": {name: benchmark.counts() for name, benchmark in benchmarks.items()},
         }
-        artifacts.write_json(output_dir / RESULTS, results)
-        artifacts.record(output_dir, "rewardbench", work, [RESULTS], started)
+        work.write_json(RESULTS, results)
         report(results)
-        print(f"rewardbench: wrote {RESULTS} to {output_dir}")
+    print(f"rewardbench: wrote {RESULTS} to {output_dir}")
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -118,9 +118,9 @@ def load(command: str):
 
 def actions_of(command: str, flags: Collection[str] | None = None) -> dict:
     """{variable: flag} of a command, or of some of its flags."""
-    actions = settings.variables_of(command_parser(command), FLAGS[command])
-    chosen = FLAGS[command] if flags is None else flags
-    return {name: action for name, action in actions.items() if action.dest in chosen}
+    variables, chosen = FLAGS[command], FLAGS[command] if flags is None else flags
+    actions = command_parser(command)._actions
+    return {variables[action.dest]: action for action in actions if action.dest in chosen}
 
 
 def all_names() -> set[str]:
@@ -148,9 +148,8 @@ class Plan:
     def __init__(self, values: Mapping[str, str]):
         self.values, self.stages = values, []
         own = settings.variables_of(make_parser(), {})
-        self.args = settings.parse_named(
-            make_parser().parse_args, own, settings.flags_from(own, self.args_without_lists())
-        )
+        argv = settings.flags_from(own, values)
+        self.args = settings.parse_named(make_parser().parse_args, own, argv)
         check_contradictions(self.args, values)
         regression = command_parser("regression")
         self.output_dir = Path(values.get("OUTPUT_DIR") or regression.get_default("output_dir"))
@@ -159,10 +158,6 @@ class Plan:
         self.add_training_stages(*self.training_files())
         self.add_examples()
         self.add("report", SCRIPTS["report"], [str(self.output_dir)])
-
-    def args_without_lists(self) -> dict[str, str]:
-        own = settings.variables_of(make_parser(), {})
-        return {name: text for name, text in self.values.items() if name in own}
 
     def add(self, name: str, script: str, argv: list[str]) -> None:
         self.stages.append(Stage(name, script, argv))
@@ -283,7 +278,7 @@ class Plan:
             stage = "explain-" + re.sub(r"[^\w.-]", "-", item, flags=re.ASCII)
             self.add(stage, SCRIPTS["explain"], argv)
 
-    # ----------------------------------------------------------------------------------------- check
+    # -------------------------------------------------------------------------------------- check
 
     def check(self) -> None:
         """Parse the flags of every stage, and look up the models; InputError otherwise."""

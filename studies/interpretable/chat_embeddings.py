@@ -7,7 +7,6 @@ section 3).
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -404,7 +404,7 @@ def test_from_chats(chats, tmp_path):
         ),
         (
             {"PREPARE": "yes", "RATED": "x", "PAIRS": "p"},
-            "PREPARE: expected one of 0 1, found 'yes'",
+            "PREPARE (--prepare): expected one of 0 1, found 'yes'",
         ),
         ({"DOMAINS": "{d}"}, "DOMAINS: expected NAME=FILE;NAME=FILE, found"),
         (
@@ -412,7 +412,7 @@ def test_from_chats(chats, tmp_path):
             "EXPLAIN: expected NAME=ROW or NAME=SUBSET with NAME among rated pairs made up styles "
             "best of 3",
         ),
-        ({"SHARE": "2"}, "--share: expected a number between 0 and 1, found '2'"),
+        ({"SHARE": "2"}, "SHARE (--share): expected a number between 0 and 1, found '2'"),
         ({"STYLES": "made up={d}"}, "found best of 3, made up, made up"),
     ],
 )

@@ -16,6 +16,7 @@ from studies.interpretable import attribute_data, attribute_metrics, multi_objec
 from studies.interpretable.attribute_data import Rated
 
 NAMES = ["helpful", "verbosity", "safe"]
+FILES = ("attribute_heads.safetensors", "attribute_heads.json", "regression_split.json")
 SHARED = ROOT.parent / "shared" / "data" / "alpaca"
 
 
@@ -73,7 +74,7 @@ def finished(rated, tmp_path_factory):
 
 
 def content(out):
-    return {name: (out / name).read_bytes() for name in script.OUTPUTS}
+    return {name: (out / name).read_bytes() for name in FILES}
 
 
 def test_the_model_is_that_of_the_recorded_split(rated, finished):

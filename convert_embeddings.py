@@ -40,6 +40,16 @@ from rewardlib.errors import InputError
 STAGING = ".converting"
 PROGRESS = "progress.json"
 OPEN_FILES = 200  # responses that are written at once
+# How this command names the settings that an error asks for; see rewardlib/data/published.py.
+WORDS = {
+    "folder": "--embd_dir",
+    "narrower": "a narrower --embd_dir",
+    "files": "--embd_file and --reward_file",
+    "names": "--dataset, --task, --embed_model, --gen_model",
+    "dataset": "--dataset {}",
+    "reward_model": "--reward_model {}",
+    "axes": "--axes {}",
+}
 REWARD_LINE_BYTES = 40  # assumed by the check of free disk space
 
 
@@ -139,7 +149,7 @@ def make_plan(args: argparse.Namespace) -> dict[str, tuple[published.Source, int
     """
     plan = {}
     for split, files in find_files(args).items():
-        source = published.open_source(*files, args.axes)
+        source = published.open_source(*files, args.axes, WORDS)
         k, n, d = source.shape
         kind = f"format {source.format}" if source.format else "a name of no published format"
         print(f"{split}: {source.embedding} with {source.reward.name} ({kind})")
@@ -181,11 +191,13 @@ def find_files(args: argparse.Namespace) -> dict[str, tuple[Path | str, Path | s
     query = published.names(
         args.task, args.dataset, args.sft_obj, args.embed_model, args.gen_model, args.reward_model
     )
-    files = published.files_in(args.embd_dir)
-    pairs = {split: published.find(files, args.embd_dir, split, query) for split in splits}
+    files = published.files_in(args.embd_dir, WORDS)
+    pairs = {
+        split: published.find(files, args.embd_dir, split, query, words=WORDS) for split in splits
+    }
     for split in splits:
         if pairs[split] is None and (split, args.split) != ("test", "both"):
-            raise published.not_found(files, args.embd_dir, split, query)
+            raise published.not_found(files, args.embd_dir, split, query, words=WORDS)
         if pairs[split] is None:
             print(f"no test file of these names in {args.embd_dir}: only the train split is made")
     return {split: pair for split, pair in pairs.items() if pair}

@@ -23,6 +23,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from rewardlib import artifacts
 from rewardlib.cli import console, flags, kinds
 from rewardlib.errors import InputError
@@ -189,7 +191,6 @@ def keep_own_checkpoints(folder, work_hash):
 def train(args, tokenizer, rows, checkpoints):
     """(trainer after training, mean loss); goes on from the last checkpoint."""
     import datasets
-    import torch
     from peft import LoraConfig
     from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint

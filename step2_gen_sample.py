@@ -17,6 +17,7 @@ Example python step2_gen_sample.py --model_name gemma2b --dataset hh-rlhf-helpfu
 """
 
 import hashlib
+import importlib.util
 import time
 from pathlib import Path
 
@@ -167,8 +168,6 @@ def decoded(tokenizer, rows, tokens):
 
 def choose_backend(name):
     """vllm or transformers; auto is vllm where it is installed and there is a GPU."""
-    import importlib.util
-
     installed = importlib.util.find_spec("vllm") is not None
     if name == "vllm" and not installed:
         raise InputError(
@@ -185,7 +184,8 @@ def find_adapter(args):
     if args.adapter_name != "sft":
         if not (Path(args.adapter_name) / "adapter_config.json").is_file():
             raise InputError(
-                f"adapter_name {args.adapter_name}: expected sft, none or a folder of a LoRA adapter"
+                f"adapter_name {args.adapter_name}: expected sft, none or a folder of a LoRA "
+                "adapter"
             )
         return Path(args.adapter_name)
     folder = responses.adapter_folder(args.sft_dir, args.model_name, args.dataset)
@@ -208,14 +208,15 @@ def choose_prompts(args, tokenizer):
             rows.append({**row, "ids": ids})
     if not rows:
         raise InputError(
-            f"{args.eval_dataset}: none of {read} prompts has at most {args.max_prompt_tokens} tokens"
+            f"{args.eval_dataset}: none of {read} prompts has at most {args.max_prompt_tokens} "
+            "tokens"
         )
     about = {"source": args.eval_dataset, "n_read": read, "n_kept": len(rows), "dropped": dropped}
     return rows, {**about, "max_prompt_tokens": args.max_prompt_tokens}
 
 
 def prompt_seed(seed, prompt_id):
-    """The seed of a prompt. vLLM gives seed + j to response j, so the seeds of prompts lie apart."""
+    """The seed of a prompt, far from all others: vLLM gives seed + j to response j."""
     number = int(hashlib.sha256(prompt_id.encode()).hexdigest()[:16], 16)
     return seeds.torch_seed(seed, "sample", number) // SEED_SPACING * SEED_SPACING
 

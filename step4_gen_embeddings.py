@@ -180,8 +180,9 @@ def embed_rows(args, model, tokenizer, rows, desc):
     bad = ~np.isfinite(array).all(axis=1)
     if bad.any():
         raise InputError(
-            f"{desc}: expected finite embeddings, found {bad.sum()} rows that are not, the first of "
-            f"prompt {rows[int(bad.argmax())]['id']}; use --dtype float32 or --storage_dtype float32"
+            f"{desc}: expected finite embeddings, found {bad.sum()} rows that are not, the first "
+            f"of prompt {rows[int(bad.argmax())]['id']}; use --dtype float32 or "
+            "--storage_dtype float32"
         )
     rate = sum(map(len, ids)) / (time.time() - started)
     print(f"step4: {desc}: {array.shape[0]} x {array.shape[1]}, {rate:.0f} tokens/s", flush=True)

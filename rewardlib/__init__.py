@@ -1,4 +1,4 @@
-"""Reward-model research on LLM embeddings: the arrays, files and measures that the step scripts share."""
+"""Reward-model research on LLM embeddings: what the step scripts and notebooks share."""
 
 import importlib
 

@@ -25,7 +25,7 @@ STRATEGIES = ("random", "diverse", "similar", "cross_prompt")
 TUNED = "-sft"  # end of the name of a supervised fine-tuned model
 # Cross-prompt pairs stay within a fold: at most FOLDS folds of at least FOLD_PROMPTS prompts.
 FOLDS, FOLD_PROMPTS = 10, 20
-# How load_embd_data names the settings that an error asks for; see published.COMMAND.
+# How load_embd_data names the settings that an error asks for; see rewardlib/data/published.py.
 CALL = {
     "folder": f"root, or set {ROOT_ENV}",
     "narrower": "a root that holds only the wanted files",

@@ -190,7 +190,7 @@ def _imported_files(path, digest, root):
 
 @dataclass
 class Work:
-    """One piece of work under way: its identity, and the files it has written to `folder` so far."""
+    """One piece of work under way: its identity, and the files it wrote to `folder` so far."""
 
     folder: Path
     name: str

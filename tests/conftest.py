@@ -43,7 +43,7 @@ def make_data(folder, *flags):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A small DATA_DIR with train and test prompts. Tests read it; those that change it take a copy."""
+    """A small DATA_DIR with train and test prompts; tests that change it take a copy."""
     return make_data(tmp_path_factory.mktemp("data"))
 
 

@@ -1,4 +1,4 @@
-"""artifacts.py: writes that happen whole or not at all, digests, what counts as finished, the lock."""
+"""Writes that happen whole or not at all, digests, what counts as finished, the lock."""
 
 import hashlib
 import os

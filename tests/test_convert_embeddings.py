@@ -163,7 +163,10 @@ def test_axes_flag_reads_every_combination(tmp_path, out, order, reward_order, t
     ],
 )
 def test_settled_axes(embedding, reward, number, settled):
-    assert published.settle_axes(embedding, reward, number, "auto", "x") == settled
+    assert (
+        published.settle_axes(embedding, reward, number, "auto", "x", convert_embeddings.WORDS)
+        == settled
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,8 +182,10 @@ def test_more_responses_than_prompts_is_refused_not_swapped(embedding, reward, n
     with pytest.raises(
         InputError, match=f"{many} responses to each of {few} prompts .*--axes KND .*--axes NKD"
     ):
-        published.settle_axes(embedding, reward, number, "auto", "x")
-    assert published.settle_axes(embedding, reward, number, "KND", "x") == ("KND", "KN")
+        published.settle_axes(embedding, reward, number, "auto", "x", convert_embeddings.WORDS)
+    assert published.settle_axes(
+        embedding, reward, number, "KND", "x", convert_embeddings.WORDS
+    ) == ("KND", "KN")
 
 
 def test_equal_axes_are_refused_until_told(tmp_path, out):
@@ -330,7 +335,7 @@ def test_missing_train_file_is_refused(tmp_path, out):
 
 
 def test_another_task_needs_a_dataset(source, out):
-    with pytest.raises(InputError, match="--task summarize: this task needs --dataset as well"):
+    with pytest.raises(InputError, match="task summarize: this task needs a dataset as well"):
         convert(source, out, "--task", "summarize")
 
 

@@ -1,4 +1,4 @@
-"""The rooms of the house: imports go down only, nothing imports in a circle, the command line stays in its room."""
+"""The rooms of the house: imports go down only, no circles, the command line in its own room."""
 
 import ast
 from pathlib import Path
@@ -37,7 +37,7 @@ def room_of(module):
 
 
 def imports_of(source, modules):
-    """Every module that the source imports, anywhere in it; of `from a import b`, a.b where it is a module, else a."""
+    """Modules that the source imports anywhere; of `from a import b`, a.b if that is a module."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

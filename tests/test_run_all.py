@@ -57,7 +57,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def done(data, tmp_path_factory):
-    """(working folder, result) of one whole run. Tests read its OUTPUT_DIR or repeat the same command."""
+    """(working folder, result) of one whole run, which tests read or repeat."""
     folder = tmp_path_factory.mktemp("run all")
     return folder, run_all(folder, DATA_DIR=data)
 
@@ -205,7 +205,7 @@ def test_published_files_and_then_a_partial_run(tmp_path):
 
 
 def test_demo_by_default(tmp_path):
-    """No settings but the small ones: demo data of the documented size are made in data/, and the run ends well."""
+    """Demo data of the documented size are made in data/, and the run ends well."""
     result = run_all(tmp_path)
     assert result.returncode == 0, result.stderr
     assert "best reachable: Spearman" in result.stdout

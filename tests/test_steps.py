@@ -1,4 +1,4 @@
-"""Steps 5 to 8 together: what they write, reproducible, skipped or redone as need be; leaks and bad input refused."""
+"""Steps 5 to 8 together: what they write and repeat; leaks and bad input refused."""
 
 import contextlib
 import json
@@ -78,7 +78,7 @@ def test_published_numbers_are_those_of_the_saved_predictions(data, finished):
 
 
 def test_demo_shows_the_point(tmp_path):
-    """Demo data at its default size: teacher far above random, calibrated MSE under the variance, student near it."""
+    """Demo data: teacher far above random, calibrated MSE under the variance, student near it."""
     make_data(tmp_path / "data", "--n_prompts", "200", "--n_splits", "10", "--emb_dim", "256")
     flags = [
         "--n_sample",
@@ -181,7 +181,7 @@ def test_an_evaluation_under_another_name_is_refused(data, copy):
 
 
 def test_an_evaluation_of_a_member_that_was_exchanged_is_refused(data, copy):
-    """Under the same settings: forge the record of step 5, so that only the digests of step 6 can tell."""
+    """Under the same settings: forge the record of step 5; only the digests of step 6 tell."""
     member = next(copy.glob("XPrompt*_1_*.ckpt"))
     model_files.save_mlp(member, mlp.MLP(24, generator=torch.Generator().manual_seed(0)))
     manifest = read(copy, "manifest.json")
@@ -350,7 +350,8 @@ def test_member_names_follow_the_contract(finished):
     name = "XPrompt_mlp_bt_2_seed6_firstn_2_n_20_pair_4_replacement_false_epoch2_lr0.001.ckpt"
     state = torch.load(finished / name, weights_only=True)
     assert {key: tuple(value.shape) for key, value in state.items()} == {
-        "fc1.weight": (1024, 24), "fc1.bias": (1024,), "fc2.weight": (512, 1024), "fc2.bias": (512,),
+        "fc1.weight": (1024, 24), "fc1.bias": (1024,),
+        "fc2.weight": (512, 1024), "fc2.bias": (512,),
         "fc3.weight": (1, 512), "fc3.bias": (1,),
     }  # fmt: skip
 
@@ -459,7 +460,7 @@ def test_changed_split_is_caught(data, copy):
 
 @pytest.mark.parametrize("fit", ["reward models", "isotonic maps", "student"])
 def test_held_out_prompt_in_a_fit_is_caught(data, copy, fit):
-    """Plant the leak and forge the manifest, so that only the comparison of the prompts can find it."""
+    """Plant the leak and forge the manifest: only the comparison of the prompts can find it."""
     held_out = read(copy, "prompt_split.json")["held_out"][0]
     name = (
         next(copy.glob("orm_*.json")).name if fit == "reward models" else "distillation_config.json"
@@ -612,7 +613,7 @@ def orm_record(folder):
 
 @pytest.mark.parametrize("number", [5, 6, 7, 8])
 def test_stopped_at_every_write(data, finished, tmp_path, monkeypatch, number):
-    """Fail at the first, second, ... rename of a step; the same command must then give the same files."""
+    """Fail at every rename of a step in turn; the same command must then give the same files."""
     real, calls = os.replace, []
 
     def failing(source, target):
@@ -640,7 +641,7 @@ def test_stopped_at_every_write(data, finished, tmp_path, monkeypatch, number):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real embeddings are not beside the repository")
 def test_real_data(tmp_path):
-    """484 same-prompt labels on real embeddings: a teacher far above random, and a student close to it."""
+    """484 same-prompt labels on real embeddings: teacher far above random, student close to it."""
     names = ["--dataset", "alpaca", "--embed_model", "minilm", "--gen_model", "mix55"]
     convert_embeddings.main(
         ["--embd_dir", str(REAL), *names, "--output_dir", str(tmp_path / "data")]

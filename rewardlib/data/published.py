@@ -10,7 +10,8 @@ Three formats of file names, embeddings first, then rewards:
        reward_{gen}_{embed}_{task}_{split}.npy                (N, K, 1)
 
 convert_embeddings.py and rewardlib.api.load_embd_data both read these files. Each passes its own
-`words`, in which an error tells its user what to set.
+`words`, in which an error tells its user what to set: "folder", "narrower", "files", "names",
+"dataset", "reward_model" and "axes", of which the last three have a place for the value.
 """
 
 import difflib
@@ -37,16 +38,6 @@ FORMATS = {
 REWARD_AXES = {1: "KN", 2: "KN", 3: "NK"}  # as each format documents them
 SAME_MODEL = ("llama38b", "llama3-8b")  # two names of one model
 TASKS = ("helpful", "harmless")
-# How the command line names the settings that an error asks for: the default of `words`.
-COMMAND = {
-    "folder": "--embd_dir",
-    "narrower": "a narrower --embd_dir",
-    "files": "--embd_file and --reward_file",
-    "names": "--dataset, --task, --embed_model, --gen_model",
-    "dataset": "--dataset {}",
-    "reward_model": "--reward_model {}",
-    "axes": "--axes {}",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +81,7 @@ def names(
     sft = "" if sft_obj in ("", "none") else "-" + sft_obj.lstrip("-")
     if dataset is None and task.lower() not in TASKS:
         raise InputError(
-            f"--task {task}: this task needs --dataset as well; give the name used in the files"
+            f"task {task}: this task needs a dataset as well; give the name used in the files"
         )
     if dataset is None:
         dataset = f"hh-rlhf-{task}{sft}"
@@ -125,7 +116,7 @@ def embedding_files(
 
 
 def find(
-    files: list[Path], folder: Path | str, split: str, *queries: dict, words: dict = COMMAND
+    files: list[Path], folder: Path | str, split: str, *queries: dict, words: dict
 ) -> tuple[Path, Path] | None:
     """The (embedding, reward) paths of `split` ("train" or "test") that fit any of the queries.
 
@@ -156,7 +147,7 @@ def not_found(
     *queries: dict,
     templates: list[str] | None = None,
     what_for: str = "",
-    words: dict = COMMAND,
+    words: dict,
 ) -> InputError:
     """InputError that lists the names that were searched for and the most similar files.
 
@@ -184,7 +175,7 @@ def not_found(
     )
 
 
-def files_in(folder: Path | str, words: dict = COMMAND) -> list[Path]:
+def files_in(folder: Path | str, words: dict) -> list[Path]:
     """The .npy files of `folder` and its sub-folders, sorted; InputError without that folder."""
     if not Path(folder).is_dir():
         raise InputError(
@@ -271,9 +262,7 @@ def _only(candidates, folder, kind, words):
 # ------------------------------------------------------------------------------------------- arrays
 
 
-def open_source(
-    embedding: Path | str, reward: Path | str, axes: str = "auto", words: dict = COMMAND
-) -> Source:
+def open_source(embedding: Path | str, reward: Path | str, axes: str, words: dict) -> Source:
     """The Source of an embedding and a reward file, after checking headers and settling axes.
 
     axes: see `settle_axes`. Raises InputError for files that do not belong together, or for arrays
@@ -317,7 +306,7 @@ def settle_axes(
     number: int | None,
     axes: str,
     where: str,
-    words: dict = COMMAND,
+    words: dict,
 ) -> tuple[str, str]:
     """The axis orders: "KND" or "NKD" of the embeddings, and "KN" or "NK" of the rewards.
 
@@ -417,7 +406,7 @@ def read_block(
             where += f", dimension {position[2]}"
         if np.isfinite(value):
             raise InputError(
-                f"{where}: {value} does not fit {np.dtype(dtype).name}; choose a wider --dtype"
+                f"{where}: {value} does not fit {np.dtype(dtype).name}; choose a wider dtype"
             )
         raise InputError(
             f"{where}: expected a finite number, found {value}; embed or score that response again"

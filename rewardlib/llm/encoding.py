@@ -137,6 +137,6 @@ def refuse_long(rows: Rows, max_length: int, model, source: object) -> None:
     if too_long:
         raise InputError(
             f"{source}: expected at most {limit} tokens per text, found {len(too_long)} longer "
-            f"texts, of up to {max(too_long)} tokens; raise --max_length if the model takes more, "
-            "or generate with a lower --max_prompt_tokens or --max_len"
+            f"texts, of up to {max(too_long)} tokens; raise max_length if the model takes more, "
+            "or generate with a lower max_prompt_tokens or max_len"
         )

@@ -209,7 +209,7 @@ class Records:
         if n_samples is not None and n_samples > self.K:
             raise InputError(
                 f"{self.path}: expected at least n_samples = {n_samples} responses per prompt, "
-                f"found {self.K}; lower --n_samples or generate more in step 2"
+                f"found {self.K}; lower n_samples or generate more in step 2"
             )
         # the content first: its message says which record is wrong, the digest only that some is
         self.offsets, self.ids = self._check()

@@ -91,7 +91,7 @@ def vllm_engine(
         rank = artifacts.read_json(Path(adapter) / "adapter_config.json", "step 1")["r"]
         lora = {"enable_lora": True, "max_lora_rank": max(8, rank), "max_loras": 1}
     with loading.fetching(
-        loading.full_name(name), "a model that vLLM can serve (see also --gpu_memory_utilization)"
+        loading.full_name(name), "a model that vLLM can serve (see also gpu_memory_utilization)"
     ):
         engine = LLM(
             model=loading.full_name(name),

@@ -84,7 +84,7 @@ def check_room(data_dir: Path) -> None:
     if (names or manifest) and not ours and not (data_dir / embeddings.UNFINISHED).exists():
         raise InputError(
             f"{data_dir}: expected an empty folder or data that can be made again, found "
-            f"{names[0] if names else MANIFEST} put there by hand; choose another --output_dir"
+            f"{names[0] if names else MANIFEST} put there by hand; choose another output_dir"
         )
 
 
@@ -103,8 +103,8 @@ def check_disk(data_dir: Path, plan: dict, row_bytes: int) -> None:
     if needed > free:
         raise InputError(
             f"{data_dir}: expected {needed / 1e9:.1f} GB of free disk space, found "
-            f"{free / 1e9:.1f} GB; free some space, or choose another --output_dir or "
-            "--storage_dtype float16"
+            f"{free / 1e9:.1f} GB; free some space, or choose another output_dir or "
+            "storage_dtype float16"
         )
 
 

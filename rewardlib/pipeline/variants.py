@@ -11,7 +11,7 @@ VARIANTS = ("Teacher ORM", "Teacher + Isotonic", "Student", "Student + Isotonic"
 RAW_TEACHER = "Teacher ORM"
 
 
-def apply_target(golden, target):
+def apply_target(golden: np.ndarray, target: dict) -> np.ndarray:
     """Golden rewards (n, K) in the unit that step 7 calibrated to."""
     if target["transform"] == "standardised":
         return (golden - target["centre"]) / target["spread"]
@@ -20,55 +20,61 @@ def apply_target(golden, target):
     return golden
 
 
-def validate(predictions, golden, on_target_scale, weights):
-    """Metrics of every variant: {variant: ranking and scale metrics} (the raw teacher has no scale: null, with
-    the reason).
+def validate(
+    predictions: dict, golden: np.ndarray, on_target_scale: np.ndarray, weights: np.ndarray
+) -> dict:
+    """{variant: ranking and scale metrics}; those of scale are null for the raw teacher.
 
-    predictions: {variant: (n, K)}; golden: (n, K) rewards, which ranking and best-of-n are measured
-    on; on_target_scale: the same in calibrated units, which MSE, R2 and reliability are measured
-    on; weights: resampled prompts.
+    predictions: {variant: (n, K)}; golden: (n, K) rewards, for ranking and best-of-n;
+    on_target_scale: the same in calibrated units, for MSE, R2 and reliability; weights: resampled
+    prompts.
     """
+    without_unit = dict.fromkeys(("mse", "mse_ci95", "r2", "r2_ci95", "reliability"))
+    without_unit["null_reason"] = (
+        "raw scores have no unit; mse, r2 and reliability need a calibrated variant"
+    )
     result = {}
-    for variant, values in predictions.items():
-        result[variant] = ranking.ranking_metrics(values, golden, weights)
+    for variant, scores_NK in predictions.items():
+        result[variant] = ranking.ranking_metrics(scores_NK, golden, weights)
         if variant == RAW_TEACHER:
-            empty = dict.fromkeys(("mse", "mse_ci95", "r2", "r2_ci95", "reliability"))
-            result[variant] |= empty | {
-                "null_reason": "raw scores have no unit; mse, r2 and reliability need a calibrated variant"
-            }
+            result[variant] |= without_unit
         else:
-            result[variant] |= scale_metrics(values, on_target_scale, weights)
+            result[variant] |= scale_metrics(scores_NK, on_target_scale, weights)
     return result
 
 
-def compare_with_teacher(predictions, golden, weights, rng):
-    """{variant: {metric: difference to the raw teacher, its interval and p-value}}, paired by prompt."""
-    best_of = min(10, golden.shape[1])
+def compare_with_teacher(
+    predictions: dict, golden: np.ndarray, weights: np.ndarray, rng: np.random.Generator
+) -> dict:
+    """{variant: {metric: difference to the raw teacher, its interval, p-value}}, by prompt."""
+    n_best = min(10, golden.shape[1])
+
+    def best_of_n(scores, golden):
+        return ranking.best_of_n(scores, golden, [n_best])[:, 0]
+
     per_prompt = {
         "spearman": ranking.spearman,
         "pair_accuracy": ranking.pair_accuracy,
-        f"best_of_{best_of}": lambda scores, golden: ranking.best_of_n(scores, golden, [best_of])[
-            :, 0
-        ],
+        f"best_of_{n_best}": best_of_n,
     }
     result = {variant: {} for variant in VARIANTS if variant != RAW_TEACHER}
     for name, measure in per_prompt.items():
-        teacher = measure(predictions[RAW_TEACHER], golden)
+        teacher_N = measure(predictions[RAW_TEACHER], golden)
         for variant in result:
-            # One set of flips for all: variants that rank alike get one p-value.
+            variant_N = measure(predictions[variant], golden)
+            # The sign flips are the same for all, so that variants that rank alike get one p-value.
             result[variant][name] = intervals.paired_difference(
-                measure(predictions[variant], golden), teacher, weights, copy.deepcopy(rng)
+                variant_N, teacher_N, weights, copy.deepcopy(rng)
             )
     return result
 
 
-def scale_check(predictions, on_target_scale, n=5):
-    """A few responses from the lowest to the highest golden reward: what every variant says of them."""
+def scale_check(predictions: dict, on_target_scale: np.ndarray, n: int = 5) -> list[dict]:
+    """What every variant predicts for n responses, from the lowest golden reward to the highest."""
     order = np.argsort(on_target_scale, axis=None, kind="stable")
-    rows = []
-    for at in order[np.linspace(0, len(order) - 1, n).round().astype(int)]:
-        row = {"golden": float(on_target_scale.ravel()[at])}
-        rows.append(
-            row | {variant: float(values.ravel()[at]) for variant, values in predictions.items()}
-        )
-    return rows
+    responses = order[np.linspace(0, len(order) - 1, n).round().astype(int)]
+    scores = {"golden": on_target_scale, **predictions}
+    return [
+        {name: float(scores_NK.ravel()[response]) for name, scores_NK in scores.items()}
+        for response in responses
+    ]

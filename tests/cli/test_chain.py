@@ -1,4 +1,4 @@
-"""The chain of run_all.sh: each step does what it does alone, with its own log; failures are told."""
+"""The chain of run_all.sh: each step does what it does alone, with its own log and failures."""
 
 import io
 import shutil
@@ -45,7 +45,7 @@ def contents(folder):
 
 @pytest.fixture
 def steps(monkeypatch, data):
-    """Stand-ins for the steps and the report: a list of (module, argv); `fail` holds {module: error to raise}."""
+    """Stand-ins for steps and report: calls (module, argv); `fail` holds {module: error to raise}."""
     calls, fail = [], {}
 
     def load(module):

@@ -77,7 +77,7 @@ def test_debug_shows_the_traceback(monkeypatch, capsys, error):
 
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_goes_away_makes_no_traceback(lines):
-    """As in `python step6_eval_rms.py | head -1`: what is left to print may fit into the buffer or not."""
+    """As in `python step6_eval_rms.py | head -1`: the rest may fit into the buffer or not."""
     code = f"""
 import sys
 from rewardlib.cli import console
@@ -183,7 +183,7 @@ def test_fewer_than_twenty_responses_teach_nothing():
 
 @pytest.mark.parametrize("number", STEPS)
 def test_every_step_names_a_run_in_the_same_way(number):
-    """A seed of 6 here and 0 there, or a number clamped here only, ends in 'checkpoint not found'."""
+    """Another seed here, or a number clamped here only, would end in 'checkpoint not found'."""
     defaults = MODULES[number].parse_args([])
     assert flags.run_settings(defaults) == flags.run_settings(parse())
     assert (defaults.data_dir, defaults.output_dir, defaults.debug) == (

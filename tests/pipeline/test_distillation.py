@@ -1,4 +1,4 @@
-"""distillation.py and validation.py: targets, who calibrates, points between embeddings, the proof of no leakage."""
+"""Targets, calibration prompts, points between embeddings; the proof of no leakage."""
 
 import itertools
 import json
@@ -84,7 +84,7 @@ def test_rewards_of_one_value_are_refused(value, changed):
 
 
 def case(n_calibration, n_seen, members=3):
-    """Prompts 0 ... of which the first n_calibration are for calibration, n_seen of those seen by member 0 alone."""
+    """The first n_calibration prompts are for calibration; member 0 alone saw n_seen of these."""
     n = n_calibration + 20
     split = {"calibration": np.arange(n_calibration), "student_train": np.arange(n_calibration, n)}
     seen = np.zeros((members, n), bool)
@@ -160,7 +160,7 @@ def test_a_map_of_rising_rewards_is_increasing_and_one_of_falling_rewards_is_not
     ],
 )
 def test_responses_are_sampled_up_to_a_limit(limit, n, k):
-    """All 7 of 20 prompts where they fit, else as many of each as fit, else two of fewer prompts."""
+    """All 7 of 20 prompts where they fit, else as many of each as fit, else 2 of fewer prompts."""
     prompts = np.arange(20) * 3 + 5
     found, numbers = distillation.sample(prompts, 7, limit, rng())
     assert found.shape == (n,) and numbers.shape == (n, k) and numbers.size <= limit
@@ -208,7 +208,7 @@ def test_every_response_and_prompt_may_be_sampled():
     ],
 )
 def test_passes_are_fewer_where_the_steps_are_enough(n, batch_size, expected):
-    """At most 20 passes and about 500 steps: 25 batches make 20 passes, 26 make 19.2, 225 make 2.2, 500 make 1."""
+    """At most 20 passes, about 500 steps: 25 batches make 20 passes, 26 make 19.2, 500 make 1."""
     assert distillation.passes(20, 500, n, batch_size) == expected
 
 
@@ -227,7 +227,7 @@ def interpolated(n, k, d, n_mixed, fit, seed=1, dtype=torch.float32):
 
 @pytest.mark.parametrize("block", [1, 4, 1024])
 def test_points_lie_on_segments_between_responses_of_the_given_prompts(monkeypatch, block):
-    """In 4 dimensions no point lies on a segment by chance; prompts 1 and 4 are not to be touched."""
+    """In 4 dimensions no point lies on a segment by chance; prompts 1 and 4 stay untouched."""
     monkeypatch.setattr(distillation, "BLOCK", block)
     fit = [0, 2, 3, 5]
     before, after = interpolated(6, 3, 4, 4, fit)
@@ -249,7 +249,7 @@ def test_points_lie_on_segments_between_responses_of_the_given_prompts(monkeypat
 
 
 def test_every_response_is_either_end_of_one_segment():
-    """On a line 0, 1, 2, ... the sum of both ends is fixed, so the points have the mean of the responses."""
+    """On a line 0, 1, 2, ... the sum of both ends is fixed: the points have the responses' mean."""
     rows = torch.arange(600, dtype=torch.float32).reshape(200, 3, 1)
     rows = torch.cat([rows, torch.full_like(rows, np.nan)])
     distillation.interpolate(rows, np.arange(200), 200, rng())
@@ -353,7 +353,7 @@ def test_examples_run_from_the_lowest_to_the_highest_golden_reward():
 
 @pytest.fixture
 def run(tmp_path):
-    """(OUTPUT_DIR with what steps 5 and 7 record, split, record, config); no held-out prompt in any fit."""
+    """(OUTPUT_DIR of steps 5 and 7, split, record, config); no held-out prompt is in a fit."""
     split = splits.split_prompts(np.arange(20), 6)
     splits.save(tmp_path, split, 6)
     record = {"prompts": split["student_train"]}
@@ -395,7 +395,8 @@ def test_one_held_out_prompt_in_any_fit_is_a_leak(run, fit):
         "student": config["student"],
     }[fit]
     place["prompts"] = np.append(place["prompts"], split["held_out"][2]).tolist()
-    message = rf"leakage: 1 held-out prompts \(first: {split['held_out'][2]}\) entered the fit of the {fit};"
+    first = split["held_out"][2]
+    message = rf"leakage: 1 held-out prompts \(first: {first}\) entered the fit of the {fit};"
     with pytest.raises(InputError, match=message):
         leakage.prove_no_leakage(out, split, record, config)
 

@@ -48,7 +48,7 @@ class Stage:
 
 
 def main() -> None:
-    settings.print_help_or_refuse(sys.argv[1:], __doc__)
+    settings.print_help_or_refuse(sys.argv[1:], __doc__, settings.tables)
     values = settings.read(os.environ)
     chain = settings.parse("chain", values)
     run_all("run_all.sh", *plan(chain, values))

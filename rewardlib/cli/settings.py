@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def print_help_or_refuse(argv: Sequence[str], doc: str) -> None:
+def print_help_or_refuse(argv: Sequence[str], doc: str, tables: Callable[[], str]) -> None:
     """--help prints the settings and ends the process; InputError for other arguments."""
     if argv and argv[0] in ("-h", "--help"):
         print(f"{doc}\n{tables()}", end="")
@@ -253,33 +253,33 @@ TABLES = {
 
 def tables() -> str:
     """All settings as Markdown, each once: variable, default, meaning."""
-    known, parts = set(), []
+    known, parts = {}, []
     for title, stages in TABLES.items():
-        rows = {}
+        actions = {}
         for stage in stages:
-            rows |= {
+            actions |= {
                 name: action
                 for name, action in actions_of(stage).items()
-                if name not in known | set(rows)
+                if name not in known and name not in actions
             }
-        known |= set(rows)
-        lines = [
-            f"| `{name}` | {default_text(action)} | {meaning(action)} |"
-            for name, action in rows.items()
-        ]
-        parts.append(
-            "\n".join(
-                [f"## {title}", "", "| variable | default | meaning |", "|---|---|---|", *lines]
-            )
-        )
-    return "\n\n".join(parts) + "\n"
+        known |= actions
+        parts.append(f"## {title}\n\n{table(actions)}")
+    return "\n".join(parts)
 
 
-def default_text(action: argparse.Action) -> str:
+def table(actions: Mapping[str, argparse.Action], separator: str = " ") -> str:
+    """{variable: flag} as a Markdown table; separator: between the values of a list."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, action in actions.items():
+        rows.append(f"| `{name}` | {default_text(action, separator)} | {meaning(action)} |")
+    return "\n".join(rows) + "\n"
+
+
+def default_text(action: argparse.Action, separator: str) -> str:
     value = action.default
     if isinstance(value, bool):
         return str(int(value))
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return separator.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def meaning(action: argparse.Action) -> str:

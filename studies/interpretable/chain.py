@@ -92,18 +92,27 @@ def make_parser() -> argparse.ArgumentParser:
         "--force", type=kinds.bit, default=False, help="1: repeat stages that are finished"
     )
     parser.add_argument("--prepared_dir", help="prepared files; None: OUTPUT_DIR/prepared")
-    parser.add_argument("--rated", help="rated responses")
-    parser.add_argument("--pairs", help="preference pairs")
-    parser.add_argument("--rewardbench", help="RewardBench 1")
-    parser.add_argument("--prior_sets", help="prior sets of RewardBench 1")
+    parser.add_argument("--rated", help="rated responses; see the table above for their forms")
+    parser.add_argument(
+        "--pairs", help="preference pairs; without these, PAIRS_FROM makes pairs of the ratings"
+    )
+    parser.add_argument("--rewardbench", help="pairs of RewardBench 1, with its subset names")
+    parser.add_argument(
+        "--prior_sets",
+        help="pairs of the prior sets, which count one half in the leaderboard of RewardBench 1",
+    )
     parser.add_argument("--domains", help="other benchmarks of pairs: NAME=FILE;NAME=FILE")
     parser.add_argument("--styles", help="benchmarks in three styles: NAME=FILE;NAME=FILE")
     parser.add_argument("--best_of", help="benchmarks of best of n: NAME=FILE;NAME=FILE")
-    parser.add_argument("--reference", help="responses on which penalties are found")
+    parser.add_argument(
+        "--reference",
+        help="responses on which penalties are found; None: a part of RATED",
+    )
     parser.add_argument(
         "--explain",
         default="pairs=0",
-        help="examples: NAME=ROW or NAME=SUBSET, several with semicolons",
+        help="examples: NAME=ROW or NAME=SUBSET, several with semicolons; NAME is rated, pairs, "
+        "rewardbench or the name of a benchmark",
     )
     return parser
 
@@ -123,18 +132,25 @@ def actions_of(command: str, flags: Collection[str] | None = None) -> dict:
     return {variables[action.dest]: action for action in actions if action.dest in chosen}
 
 
-def all_names() -> set[str]:
-    names = set(settings.variables_of(make_parser(), {}))
-    return names.union(*(by_flag.values() for by_flag in FLAGS.values()))
+def all_actions() -> dict[str, argparse.Action]:
+    """{variable: flag} of the chain and its commands."""
+    actions = settings.variables_of(make_parser(), {})
+    for command in FLAGS:
+        actions |= {n: action for n, action in actions_of(command).items() if n not in actions}
+    return actions
+
+
+def table() -> str:
+    return settings.table(all_actions(), separator=";")
 
 
 def main() -> None:
-    settings.print_help_or_refuse(sys.argv[1:], __doc__)
-    settings.refuse_misspelt(os.environ, all_names())
+    settings.print_help_or_refuse(sys.argv[1:], __doc__, table)
+    settings.refuse_misspelt(os.environ, all_actions())
     # An empty EXPLAIN means no examples; other settings that are empty are not set.
     values = {
         name: os.environ[name]
-        for name in all_names()
+        for name in all_actions()
         if os.environ.get(name) or (name == "EXPLAIN" and name in os.environ)
     }
     plan = Plan(values)

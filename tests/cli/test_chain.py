@@ -45,7 +45,7 @@ def contents(folder):
 
 @pytest.fixture
 def steps(monkeypatch, data):
-    """Stand-ins for steps and report: calls (module, argv); `fail` holds {module: error to raise}."""
+    """Stand-ins for steps and report: calls (module, argv); fail {module: error to raise}."""
     calls, fail = [], {}
 
     def load(module):

@@ -16,7 +16,7 @@ from interpretable_data import script
 
 from rewardlib import artifacts
 from rewardlib.errors import InputError
-from studies.interpretable import attribute_data, report, rewardbench
+from studies.interpretable import attribute_data, chain, report, rewardbench
 
 QUICK = {"HIDDEN": "16;16", "EPOCHS": 3, "TEMPERATURE": 1, "DROPOUT": 0, "THRESHOLD": 0.1}
 COMMAND = ["bash", str(ROOT / "studies" / "interpretable.sh")]
@@ -423,6 +423,20 @@ def test_unknown_values_are_refused_before_anything_runs(arrays, tmp_path, setti
     result = run(tmp_path, **{**base, **values})
     assert result.returncode == 2, result.stdout + result.stderr
     assert message in result.stderr and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_holds_the_settings_as_the_parsers_have_them():
+    assert chain.table() in (ROOT / "studies" / "README.md").read_text(encoding="utf-8")
+
+
+def test_help_lists_the_settings_and_a_mistyped_one_is_refused(tmp_path):
+    result = subprocess.run(
+        [*COMMAND, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stdout.endswith(chain.table())
+    result = run(tmp_path, RATED="x.safetensors", PAIRS="p.safetensors", VERBOSTY="length")
+    assert result.returncode == 2 and "did you mean VERBOSITY?" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""Losses by hand, the training loop, seeds to the last bit, ensembles and students that learn."""
+"""Losses by hand, one training loop, seeds to the last bit, ensembles that learn."""
 
 import copy
 import itertools
@@ -8,76 +8,27 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
-from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
 from torch import nn
+from training_data import (
+    D,
+    generator,
+    members,
+    preferences,
+    rng,
+    same,
+    students,
+)
 
-from rewardlib.models import mlp as mlp_models
-from rewardlib.models.mlp import BT_MLP, CLF_MLP
 from rewardlib.nets import mlp, training
-from rewardlib.nets.student import train_student
 from rewardlib.nets.training import (
     LOSSES,
     Training,
     _adamw,
     bt_loss,
     clf_loss,
-    default_batch_size,
     train,
     train_ensemble,
 )
-
-D = 4
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-def same(a, b):
-    return all(
-        torch.equal(x, y)
-        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
-
-
-# --------------------------------------------------------------------------------------- the module
-
-
-def test_the_mlp_has_the_published_layers_and_names():
-    shapes = {
-        name: tuple(value.shape)
-        for name, value in mlp.MLP(D, generator=generator()).named_parameters()
-    }
-    assert shapes == {
-        "fc1.weight": (1024, D), "fc1.bias": (1024,), "fc2.weight": (512, 1024), "fc2.bias": (512,),
-        "fc3.weight": (1, 512), "fc3.bias": (1,),
-    }  # fmt: skip
-
-
-def test_the_mlp_by_hand():
-    """a, b = relu(x - 1), relu(1 - x); the score is 3 relu(a + b) + relu(a - b) - 1."""
-    model = mlp.MLP(1, (2, 2))
-    values = [[[1.0], [-1]], [-1.0, 1], [[1.0, 1], [1, -1]], [0.0, 0], [[3.0, 1]], [-1.0]]
-    model.load_state_dict(dict(zip(model.state_dict(), map(torch.tensor, values), strict=True)))
-    assert model(torch.tensor([[3.0], [1.0], [-1.0]])).tolist() == [3 * 2 + 2 - 1, -1, 3 * 2 - 1]
-    assert model(torch.zeros(5, 7, 1)).shape == (5, 7)
-
-
-def test_weights_are_drawn_as_torch_draws_them():
-    model = mlp.MLP(100, generator=generator())
-    for layer in (model.fc1, model.fc2, model.fc3):
-        bound = 1 / math.sqrt(layer.in_features)
-        for values in (layer.weight, layer.bias):
-            assert values.abs().max() <= bound
-        assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-    assert same(model, mlp.MLP(100, generator=generator()))
-    assert not same(model, mlp.MLP(100, generator=generator(1)))
-
 
 # --------------------------------------------------------------------------------------- the losses
 
@@ -264,20 +215,7 @@ def test_a_training_that_diverges_is_an_error(loss):
 # ---------------------------------------------------------------------------------------- ensembles
 
 
-def preferences(n=700, d=D, seed=0):
-    """Embeddings, pairs of neighbouring rows and labels by a linear reward."""
-    rows = rng(seed).standard_normal((n, d)).astype(np.float32)
-    reward = rows[:, :4] @ np.array([1.0, -2, 0.5, 0], np.float32)
-    pairs = rng(seed + 1).permutation(n).reshape(-1, 2)
-    return rows, pairs, (reward[pairs[:, 0]] > reward[pairs[:, 1]]).astype(float), reward
-
-
 SETTINGS = Training(4, 1e-3, 32)
-
-
-def members(m, *seeds):
-    part = np.arange(m)
-    return [(part[m // 5 :], part[: m // 5], seed) for seed in seeds]
 
 
 def accuracy(model, rows, reward):
@@ -388,227 +326,6 @@ def test_constant_dimensions_and_equal_rows_do_no_harm(objective):
         assert all(np.isfinite(list(entry.values())).all() for entry in log)
 
 
-# --------------------------------------------------------------------------------------- estimators
-
-SMALL = {
-    "hidden": (16, 8),
-    "epochs": 4,
-    "learning_rate": 3e-3,
-    "batch_size": 16,
-    "precision": "fp32",
-}
-
-
-@pytest.mark.parametrize("kind", [BT_MLP, CLF_MLP])
-def test_estimators_learn_from_pairs_of_embeddings(kind):
-    rows, pairs, labels, _ = preferences()
-    fitted = kind(**SMALL).fit(rows[pairs], labels)
-    fresh, _, _, reward = preferences(n=2000, seed=9)
-    scores = fitted.predict(fresh)
-    assert scores.shape == (2000, 1)
-    assert np.mean((scores[::2, 0] > scores[1::2, 0]) == (reward[::2] > reward[1::2])) > 0.9
-    assert fitted.model_.fc1.weight.shape == (16, D) and len(fitted.log_) == 4
-
-
-def test_pairs_of_row_numbers_are_the_same_pairs():
-    rows, pairs, labels, _ = preferences(n=200)
-    direct = BT_MLP(**SMALL).fit(rows[pairs], labels)
-    numbered = BT_MLP(**SMALL).fit(pairs, labels, embeddings=rows.astype(np.float64))
-    assert same(direct.model_, numbered.model_)
-
-
-def test_the_two_objectives_are_those_of_the_ensembles():
-    rows, pairs, labels, _ = preferences(n=200)
-    for kind, objective in ((BT_MLP, "bt"), (CLF_MLP, "clf")):
-        fitted = kind(**SMALL, validation_share=0.0).fit(rows[pairs], labels)
-        rng_of_fit = np.random.default_rng(0)
-        rng_of_fit.permutation(100)
-        member = (np.arange(100), np.arange(0), int(rng_of_fit.integers(2**62)))
-        settings = Training(4, 3e-3, 16)
-        [(model, _)] = train_ensemble(rows, pairs, labels, [member], objective, settings, (16, 8))
-        assert same(fitted.model_, model) and "validation_loss" not in fitted.log_[0]
-
-
-def test_estimators_follow_scikit_learns_conventions():
-    rows, pairs, labels, _ = preferences(n=100)
-    fitted = CLF_MLP(**SMALL, random_state=3)
-    with pytest.raises(NotFittedError, match="not fitted"):
-        fitted.predict(rows)
-    assert fitted.fit(rows[pairs], labels) is fitted
-    again = clone(fitted)
-    assert again.get_params() == fitted.get_params() and not hasattr(again, "model_")
-    assert same(again.fit(rows[pairs], labels).model_, fitted.model_)
-    other = clone(fitted).set_params(random_state=4).fit(rows[pairs], labels)
-    assert not same(other.model_, fitted.model_)
-
-
-def test_whole_groups_choose_the_epoch(monkeypatch):
-    rows, pairs, labels, _ = preferences(n=200)
-    groups = np.array(list("abcdefghij"))[rng().integers(10, size=100)]
-    jobs = []
-
-    def remember(rows, pairs, labels, members, *more):
-        jobs.extend(members)
-        return train_ensemble(rows, pairs, labels, members, *more)
-
-    monkeypatch.setattr(mlp_models, "train_ensemble", remember)
-    fitted = BT_MLP(**SMALL, validation_share=0.3).fit(rows[pairs], labels, groups=groups)
-    fit, held, _ = jobs[0]
-    assert sorted([*fit, *held]) == list(range(100))
-    assert len(set(groups[held])) == 3 and not set(groups[held]) & set(groups[fit])
-    assert "validation_loss" in fitted.log_[0]
-    BT_MLP(**SMALL).fit(rows[pairs], labels)
-    assert len(jobs[1][1]) == 10
-
-
-def test_scores_keep_the_leading_axes():
-    rows, pairs, labels, _ = preferences(n=60)
-    fitted = BT_MLP(**SMALL).fit(rows[pairs], labels)
-    scores = fitted.predict(rows.reshape(6, 10, D))
-    assert scores.shape == (6, 10, 1)
-    np.testing.assert_array_equal(scores.ravel(), mlp.predict(fitted.model_, rows))
-    assert fitted.predict(rows[:1]).shape == (1, 1)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"pairs": np.zeros((4, 3, D))}, r"pairs should be \(M, 2, D\), .* got \(4, 3, 4\)"),
-        ({"pairs": np.zeros((4, 2), int)}, r"row numbers with embeddings \(R, D\); got \(4, 2\)"),
-        (
-            {"pairs": np.zeros((4, 2)), "embeddings": np.zeros((4, D))},
-            r"expected \(M, 2\) row numbers .* \(4, 2\)",
-        ),
-        ({"pairs": np.zeros((4, 2), int), "embeddings": np.zeros(4)}, r"got \(4, 2\) and \(4,\)"),
-        ({"labels": np.ones(3)}, r"labels should be \(4,\) of 0 and 1; got \(3,\)"),
-        ({"labels": np.array([1, 0, -1, 1])}, r"labels should be \(4,\) of 0 and 1"),
-        ({"pairs": np.full((4, 2, D), np.nan)}, "embeddings should be finite"),
-    ],
-    ids=["three sides", "no embeddings", "no integers", "1-d embeddings", "count", "signs", "NaN"],
-)
-def test_estimators_refuse_other_input(changed, message):
-    with pytest.raises(ValueError, match=message):
-        BT_MLP(**SMALL).fit(**{"pairs": np.zeros((4, 2, D)), "labels": np.ones(4), **changed})
-
-
-def test_estimators_refuse_embeddings_of_another_model():
-    rows, pairs, labels, _ = preferences(n=60)
-    with pytest.raises(ValueError, match=r"should have 4 dimensions; got \(5, 7\)"):
-        BT_MLP(**SMALL).fit(rows[pairs], labels).predict(np.zeros((5, 7)))
-
-
-@pytest.mark.parametrize(("n", "size"), [(10, 16), (800, 50), (40_000, 1024)])
-def test_the_default_batch_is_a_sixteenth_of_the_pairs_within_bounds(n, size):
-    assert default_batch_size(n) == size
-
-
-# ------------------------------------------------------------------------------------------ student
-
-K = 5
-
-
-def student_case(start, n=60):
-    """Rows (n, K, D), targets 98 + 3 * scores of start, and those scores standardised."""
-    rows = rng().standard_normal((n, K, D)).astype(np.float32)
-    scores = mlp.predict(start, rows.reshape(-1, D)).reshape(n, K).astype(float)
-    return rows, 98 + 3 * scores, (scores - scores.mean()) / (scores.std() or 1)
-
-
-def students(start, loss="mse", seed=0, targets=None, settings=None):
-    """Rows, targets, student and log of a student trained on 50 prompts and validated on 10."""
-    rows, affine, liking = student_case(start)
-    targets = affine if targets is None else targets
-    settings = settings or Training(3, 1e-4, 8)
-    parts = np.arange(50), np.arange(50, 60)
-    student, log = train_student(start, rows, targets, liking, parts, loss, 1.0, settings, seed)
-    return rows, targets, student, log
-
-
-def predict(model, rows):
-    return mlp.predict(model, rows.reshape(-1, D)).reshape(rows.shape[:2])
-
-
-@pytest.fixture
-def start():
-    return mlp.MLP(D, (32, 16), generator(5))
-
-
-def test_targets_that_the_start_can_say_are_reproduced_in_their_own_unit(start):
-    before = copy.deepcopy(start)
-    rows, targets, student, log = students(start)
-    error = np.mean((predict(student, rows) - targets) ** 2) / targets.var()
-    assert error < 1e-4
-    assert log[-1]["validation_r2"] > 0.999
-    assert same(start, before), "the teacher's member was changed"
-
-
-def test_a_start_that_ranks_the_wrong_way_is_turned_round(start):
-    rows, targets, student, _ = students(start, targets=-student_case(start)[1])
-    assert np.mean((predict(student, rows) - targets) ** 2) / targets.var() < 1e-4
-
-
-def test_a_start_that_says_nothing_still_learns():
-    flat = mlp.MLP(D, (32, 16), generator(5))
-    with torch.no_grad():
-        flat.fc3.weight.zero_()
-    targets = 10 + student_case(mlp.MLP(D, (32, 16), generator(6)))[1]
-    rows, targets, student, log = students(flat, targets=targets, settings=Training(20, 3e-3, 8))
-    assert log[-1]["validation_r2"] > 0.8
-    assert np.corrcoef(predict(student, rows).ravel(), targets.ravel())[0, 1] > 0.9
-
-
-@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e4])
-def test_the_unit_of_the_targets_changes_the_scores_by_that_unit_alone(start, unit):
-    base = student_case(start)[1] + np.sin(np.arange(60 * K)).reshape(60, K)
-    rows, _, plain, plain_log = students(start, targets=base)
-    _, _, scaled, log = students(start, targets=unit * base - 7 * unit)
-    np.testing.assert_allclose(
-        predict(scaled, rows) / unit, predict(plain, rows) - 7, rtol=1e-3, atol=1e-2
-    )
-    assert log[-1]["validation_r2"] == pytest.approx(plain_log[-1]["validation_r2"], abs=1e-3)
-
-
-def test_the_hybrid_loss_keeps_an_order_that_the_targets_lost(start):
-    """Calibration can make targets constant on the upper half of the teacher's scores."""
-    liking = student_case(start)[2]
-    flat = np.minimum(liking, 0)
-    settings = Training(30, 3e-3, 8)
-    upper = liking > 0.1
-    agree = {}
-    for loss in ("mse", "hybrid"):
-        rows, _, student, log = students(start, loss, targets=flat, settings=settings)
-        agree[loss] = np.corrcoef(predict(student, rows)[upper], liking[upper])[0, 1]
-        assert log[-1]["validation_r2"] > 0.9
-    assert agree["hybrid"] > agree["mse"] + 0.2
-
-
-@pytest.mark.parametrize("loss", ["mse", "hybrid"])
-def test_one_seed_one_student(start, loss):
-    first, again, other = (students(start, loss, seed)[2] for seed in (0, 0, 1))
-    assert same(first, again) and not same(first, other)
-
-
-@pytest.mark.parametrize("loss", ["mse", "hybrid"])
-def test_targets_of_one_value_make_a_student_of_that_value(start, loss):
-    """The plain isotonic map of a teacher without skill is a constant."""
-    rows, _, student, log = students(start, loss, targets=np.full((60, K), 2.5))
-    np.testing.assert_allclose(predict(student, rows), 2.5, atol=1e-5)
-    assert all(
-        entry["validation_r2"] is None or np.isfinite(entry["validation_r2"]) for entry in log
-    )
-
-
-@pytest.mark.parametrize("unit", [1, -1])
-def test_the_student_is_the_epoch_of_the_lowest_validation_error(start, unit):
-    targets = student_case(start)[1] + 30 * rng(3).standard_normal((60, K))
-    rows, _, student, log = students(start, targets=unit * targets, settings=Training(10, 3e-3, 8))
-    losses = [entry["validation_loss"] for entry in log]
-    best = int(np.argmin(losses))
-    assert [epoch for epoch, entry in enumerate(log) if entry["best"]][-1] == best < len(log) - 1
-    error = np.mean((predict(student, rows) - unit * targets)[50:] ** 2) / targets[:50].var(ddof=1)
-    assert error == pytest.approx(losses[best], rel=1e-3)
-
-
 # ---------------------------------------------------------------------------------------- precision
 
 
@@ -712,61 +429,3 @@ def test_bf16_training_ranks_as_fp32_training_does(objective):
         found[name] = spearmanr(mlp.predict(model, fresh, dtype), reward).statistic
     assert min(found.values()) > 0.9
     assert found["bf16"] == pytest.approx(found["fp32"], abs=0.01)
-
-
-@pytest.mark.parametrize("loss", ["mse", "hybrid"])
-def test_a_bf16_student_is_reproducible_and_close_to_the_fp32_one(start, loss):
-    rows, targets, liking = student_case(start)
-    parts, settings = (np.arange(50), np.arange(50, 60)), Training(3, 1e-4, 8)
-    trained = []
-    for dtype in (torch.bfloat16, torch.bfloat16, torch.float32):
-        data = torch.from_numpy(rows).to(dtype)
-        trained.append(
-            train_student(start, data, targets, liking, parts, loss, 1.0, settings, 0)[0]
-        )
-    assert same(trained[0], trained[1]) and not same(trained[0], trained[2])
-    gap = predict(trained[0], rows) - predict(trained[2], rows)
-    assert np.abs(gap).max() < 0.05 * targets.std()
-
-
-# ------------------------------------------------------------------------------------------- gather
-
-
-@pytest.mark.parametrize("dtype", mlp.TYPES.values(), ids=mlp.TYPES)
-@pytest.mark.parametrize("stored", [np.float16, np.float32, np.float64])
-def test_parts_are_put_in_their_places(stored, dtype):
-    values = np.arange(12).reshape(6, 2).astype(stored)
-    parts = [(np.array(places), values[places]) for places in ([4, 0], [5], [1, 3, 2])]
-    rows = mlp.gather(iter(parts), 6, 2, dtype)
-    assert rows.dtype == dtype and rows.is_contiguous()
-    assert rows.tolist() == values.tolist()
-
-
-# ------------------------------------------------------------------------------------------ predict
-
-
-def test_scores_do_not_depend_on_how_many_rows_are_scored_at_once(monkeypatch):
-    model = mlp.MLP(D, (16, 8), generator())
-    rows = rng().standard_normal((1000, D)).astype(np.float32)
-    expected = mlp.predict(model, rows)
-    assert expected.shape == (1000,) and expected.dtype == np.float32
-    np.testing.assert_allclose(
-        np.concatenate([mlp.predict(model, rows[i : i + 1]) for i in range(1000)]),
-        expected,
-        rtol=1e-4,
-        atol=1e-6,
-    )
-    monkeypatch.setattr(mlp, "SCORE_ROWS", 7)
-    np.testing.assert_allclose(mlp.predict(model, rows), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_any_array_of_rows_is_scored():
-    model = mlp.MLP(D, (16, 8), generator())
-    rows = rng().standard_normal((20, D)).astype(np.float16)
-    expected = mlp.predict(model, rows.astype(np.float32))
-    np.testing.assert_array_equal(mlp.predict(model, rows), expected)
-    np.testing.assert_array_equal(mlp.predict(model, np.asfortranarray(rows)), expected)
-    np.testing.assert_array_equal(mlp.predict(model, torch.from_numpy(rows)), expected)
-    np.testing.assert_array_equal(mlp.predict(model, rows.astype(">f8")), expected)
-    np.testing.assert_allclose(mlp.predict(model, rows[::-2]), expected[::-2], rtol=1e-4, atol=1e-6)
-    assert mlp.predict(model, rows[:0]).shape == (0,)

@@ -186,6 +186,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_naming_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags whose values are the settings of a run, with the seed."""
+    add_data_flags(parser)
+    add_label_flags(parser)
+    add_model_flags(parser)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("names of the data, which label the results")
     add_task_flag(group)
     add_embedder_flag(group)
@@ -193,6 +200,9 @@ def add_naming_flags(parser: argparse.ArgumentParser) -> None:
         "--sft_obj", default="gpt4", help="data that the generator was fine-tuned on"
     )
     add_generator_flag(group)
+
+
+def add_label_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("preference labels")
     group.add_argument(
         "--pairing",
@@ -230,6 +240,9 @@ def add_naming_flags(parser: argparse.ArgumentParser) -> None:
         type=kinds.positive,
         help="scale of reward differences; None: standard deviation of the golden rewards",
     )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reward models")
     group.add_argument(
         "--rm_model",

@@ -23,16 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from benchmarks import case, reference
 from rewardlib import artifacts
-from rewardlib.cli import chain, console, kinds
+from rewardlib.cli import console, kinds, settings
 from rewardlib.data import embeddings
 from rewardlib.measures import ranking
 from rewardlib.models import model_files, scoring
@@ -103,13 +104,19 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------ running
 
 
-def measure(command: list[str], output_dir: str | Path) -> dict[str, float]:
+def measure(
+    command: list[str], output_dir: str | Path, variables: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, float]:
     """Run a command to its end: {"cpu" and "wall" in seconds, "peak_mb" of resident memory}."""
     log_path = Path(output_dir) / "benchmark.log"
     started = time.perf_counter()
     with open(log_path, "a") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         )
         # not process.wait(): wait4 reports the resources that this child used
         _, status, usage = os.wait4(process.pid, 0)
@@ -138,8 +145,21 @@ def run_ours(args, case_dir: Path, output_dir: str, flags: str, alone: bool) -> 
     # finished steps would be skipped: the run of all steps starts from an empty folder
     shutil.rmtree(output_dir)
     Path(output_dir).mkdir()
-    command = [sys.executable, "-m", "rewardlib.cli.chain", "5", "8", "--report", "0"]
-    return {"all": measure([*command, *common], output_dir)} | by_step
+    command = [sys.executable, "-m", "rewardlib.cli.chain"]
+    variables = {"START_STEP": "5", "REPORT": "0", **variables_of(common)}
+    return {"all": measure(command, output_dir, variables)} | by_step
+
+
+def variables_of(flags: list[str]) -> dict[str, str]:
+    """The flags of the steps as the settings of their chain."""
+    variables = {}
+    for item in flags:
+        if item.startswith("--"):
+            name = item.removeprefix("--").upper()
+            variables[name] = ""
+        else:
+            variables[name] = f"{variables[name]} {item}".strip()
+    return variables
 
 
 def our_flags(args, case_dir: Path, output_dir: str | Path) -> list[str]:
@@ -154,7 +174,7 @@ def draw_pairs(args, case_dir: Path, output_dir: Path) -> Path:
     """The file of labelled pairs that our step 5 draws, the same for every variant."""
     # only the pairs of this run are used, so the smallest model will do
     quick = ["--ensemble_number", "1", "--training_epochs", "1", "--hidden", "8", "4"]
-    command = [sys.executable, f"{chain.STEPS[5]}.py"]
+    command = [sys.executable, f"{settings.STAGES['step5']}.py"]
     measure([*command, *our_flags(args, case_dir, output_dir), *quick], output_dir)
     [path] = Path(output_dir).glob("pairs_*.npy")
     return path
@@ -163,7 +183,7 @@ def draw_pairs(args, case_dir: Path, output_dir: Path) -> Path:
 def run_alone(flags: list[str], output_dir: str | Path) -> dict[str, dict]:
     """Run our steps, each in a process of its own: {step: measures}."""
     return {
-        step: measure([sys.executable, f"{chain.STEPS[int(step[-1])]}.py", *flags], output_dir)
+        step: measure([sys.executable, f"{settings.STAGES[step]}.py", *flags], output_dir)
         for step in STEPS
     }
 

@@ -65,7 +65,8 @@ choose_python() { # EXTRA PACKAGE...
 run_chain() {
   local here status=0
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-  export PYTHONUNBUFFERED=1 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+  # safe path (Python 3.11): files of the working directory do not stand in for modules
+  export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
   "$PY" -m "$@" || status=$?
   if ((status > 128 && status != 130)); then
     echo "${0##*/}: the run was killed (status $status); the same command goes on from there" >&2

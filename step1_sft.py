@@ -96,8 +96,8 @@ def main(argv=None):
     folder = artifacts.writable_dir(
         responses.adapter_folder(args.output_dir, args.model_name, args.dataset)
     )
-    no_change = ("debug", "model_name", "data_dir", "output_dir", "save_steps", "max_examples")
-    settings = {key: value for key, value in vars(args).items() if key not in no_change}
+    without_effect = ("debug", "model_name", "data_dir", "output_dir", "save_steps", "max_examples")
+    settings = {key: value for key, value in vars(args).items() if key not in without_effect}
     settings["processes"] = int(os.environ.get("WORLD_SIZE", 1))
     inputs = {
         "model": loading.fingerprint(args.model_name),
@@ -108,23 +108,21 @@ def main(argv=None):
             tokenizer, rows, _ = load_rows(args, examples)
             train_adapter(args, tokenizer, rows, folder / "checkpoints")
         return
-    with (
-        artifacts.lock(folder),
-        artifacts.work(folder, "step1", None, settings, inputs) as work,
-    ):
-        if work is None:
-            return
-        tokenizer, rows, counts = load_rows(args, examples)
-        print(
-            f"step1: {counts['rows']} of {len(examples)} rows of {args.dataset}; dropped "
-            f"{counts['empty']} with an empty completion and {counts['prompt_fills']} whose "
-            f"prompt fills {args.max_length} tokens; {counts['truncated']} truncated, without "
-            "their end token"
-        )
-        checkpoints = keep_own_checkpoints(folder, work.identity["hash"])
-        trainer, loss = train_adapter(args, tokenizer, rows, checkpoints)
-        publish(work, trainer, tokenizer, {**counts, "loss": loss})
-    shutil.rmtree(folder / "checkpoints")
+    with artifacts.lock(folder):
+        with artifacts.work(folder, "step1", None, settings, inputs) as work:
+            if work is None:
+                return
+            tokenizer, rows, counts = load_rows(args, examples)
+            print(
+                f"step1: {counts['rows']} of {len(examples)} rows of {args.dataset}; dropped "
+                f"{counts['empty']} with an empty completion and {counts['prompt_fills']} whose "
+                f"prompt fills {args.max_length} tokens; {counts['truncated']} truncated, without "
+                "their end token"
+            )
+            checkpoints = keep_own_checkpoints(folder, work.identity["hash"])
+            trainer, loss = train_adapter(args, tokenizer, rows, checkpoints)
+            publish(work, trainer, tokenizer, {**counts, "loss": loss})
+        shutil.rmtree(folder / "checkpoints")
     print(f"step1: loss {loss:.4f}; wrote {folder / 'adapter'}; next: step2_gen_sample.py")
 
 

@@ -150,12 +150,12 @@ def main(argv=None):
                 tokens = sample_part(args, sampler, part_rows)
             work.write_jsonl("responses.jsonl", decoded(tokenizer, part_rows, tokens))
             work.write_json("prompts.json", about)
-            n_tokens = sum(len(response) for prompt in tokens for response in prompt)
-            rate = n_tokens / max(1e-9, time.time() - work.started)
-            print(
-                f"step2: part {part}: {len(part_rows)} prompts x {args.n_samples} responses in "
-                f"{part_dir} ({rate:.0f} tokens/s)"
-            )
+        n_tokens = sum(len(response) for prompt in tokens for response in prompt)
+        rate = n_tokens / max(1e-9, time.time() - work.started)
+        print(
+            f"step2: part {part}: {len(part_rows)} prompts x {args.n_samples} responses in "
+            f"{part_dir} ({rate:.0f} tokens/s)"
+        )
     print("step2: done; next: step3_reward_annotation.py")
 
 

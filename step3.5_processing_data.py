@@ -67,7 +67,7 @@ def main(argv=None):
 
 
 class Joined:
-    """The records of all parts, one after another, and what is told of them afterwards."""
+    """The records of all parts, one after another, and the counts that are printed afterwards."""
 
     def __init__(self, part_dirs, rm):
         self.part_dirs, self.rm = part_dirs, rm

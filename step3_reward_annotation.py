@@ -71,11 +71,10 @@ def main(argv=None):
             with loading.memory_of(f"--batch_tokens (now {args.batch_tokens})"):
                 rewards = score_rows(args, model, tokenizer, rows, part_dir, f"part {part}")
             work.write_jsonl(f"rewards_{name}.jsonl", reward_rows(rows, rewards, n_responses))
-            mean = sum(rewards) / max(1, len(rewards))
-            print(
-                f"step3: part {part}: {len(rewards)} responses scored, mean {mean:.4f}, "
-                f"in {part_dir}"
-            )
+        mean = sum(rewards) / max(1, len(rewards))
+        print(
+            f"step3: part {part}: {len(rewards)} responses scored, mean {mean:.4f}, in {part_dir}"
+        )
     print("step3: done; next: step3.5_processing_data.py")
 
 

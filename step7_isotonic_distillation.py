@@ -63,7 +63,7 @@ def main(argv=None):
             config = {"settings": settings, "distillation": chosen}
             config |= calibrate_and_distil(args, chosen, work, train, split, record, teacher)
             work.write_json("distillation_config.json", config)
-            report(config, output_dir)
+    report(config, output_dir)
 
 
 def calibrate_and_distil(args, chosen, work, train, split, record, teacher):
@@ -89,11 +89,9 @@ def calibrate_and_distil(args, chosen, work, train, split, record, teacher):
         teacher_NK[fit_on],
     )
 
-    start = scoring.student_start(
-        ensemble, scores_ENK, args.hidden, seeds.torch_seed(args.seed, "student start")
-    )
     targets = np.concatenate([targets_NK, distillation.apply_map(teacher_map, mixed_MK)])
-    student, log = distil(args, start, sample, targets, np.concatenate([teacher_NK, mixed_MK]))
+    preferences = np.concatenate([teacher_NK, mixed_MK])
+    student, log = distil(args, ensemble, scores_ENK, sample, targets, preferences)
     student_NK = score_student(args, student, sample)
     optimism_NK = optimism(teacher_map, teacher_NK[fit_on], unseen_NK[fit_on])
     student_map = fit_map(args, student_NK[fit_on] - optimism_NK, golden_NK[fit_on])
@@ -167,12 +165,14 @@ def out_of_fold_targets(args, groups, unseen_NK, golden_NK, teacher_NK):
     return calibration.out_of_fold(args.isotonic, unseen_NK, golden_NK, folds, teacher_NK)
 
 
-def distil(args, start, sample, targets, preferences):
+def distil(args, ensemble, scores_ENK, sample, targets, preferences):
     """(student, training log): an MLP that gives the targets for the embeddings of the sample."""
     n_fit, batch_size = len(sample.parts[0]), args.distill_batch_size
     epochs = distillation.passes(args.distill_epochs, args.distill_steps, n_fit, batch_size)
+    seed = seeds.torch_seed(args.seed, "student start")
     return train_student(
-        start,
+        # as an argument alone: a variable would hold this model while the student is trained
+        scoring.student_start(ensemble, scores_ENK, args.hidden, seed),
         sample.rows,
         targets,
         preferences,

@@ -84,7 +84,7 @@ def main(argv=None):
                 "no_leakage": proof,
             }
             work.write_json("validation_results.json", results)
-        report(results)
+    report(results)
     print(f"step8: wrote validation_results.json to {output_dir}")
 
 

@@ -334,7 +334,7 @@ def package_versions() -> dict[str, str | None]:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; another process that asks for it says so and waits.
+    """Hold `folder` for this process; another process prints that it waits, and waits.
 
     The system frees the lock when the process ends, however it ends. A run of several steps holds
     the lock across its steps and names the folder in REWARDLIB_LOCKED_DIR: its steps pass through.

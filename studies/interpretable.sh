@@ -24,7 +24,7 @@ has_conversations() { # ITEM...: whether one of the inputs is neither arrays nor
 
 packages=() extra=
 IFS=';' read -r -a items <<<"${RATED:-};${PAIRS:-};${REWARDBENCH:-};${PRIOR_SETS:-};${DOMAINS:-};${STYLES:-};${BEST_OF:-};${REFERENCE:-}"
-if has_conversations "${items[@]}"; then # a language model embeds them
+if [ "${PREPARE:-}" = 1 ] && has_conversations "${items[@]}"; then # a language model embeds them
   packages=(transformers datasets)
   extra="[llm]"
 fi

@@ -154,7 +154,7 @@ def main(argv=None):
         prompts = {part: np.unique(data.groups[rows]) for part, rows in split.items()}
         work.write_json(gating.SPLIT, {**prompts, "heads": seen})
         work.write_json(gating.RECORD, describe(args, gated, data, split, seen, log, settings))
-        report(artifacts.read_json(output_dir / gating.RECORD, gating.MADE_BY))
+    report(artifacts.read_json(output_dir / gating.RECORD, gating.MADE_BY))
     print(f"gating: wrote {', '.join(work.outputs)} to {output_dir}; next: studies/rewardbench.py")
 
 

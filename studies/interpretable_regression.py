@@ -162,7 +162,7 @@ def main(argv=None):
         work.outputs.append(multi_objective.HEADS)
         work.write_json(SPLIT, prompts)
         work.write_json(RECORD, record)
-        report(artifacts.read_json(output_dir / RECORD, multi_objective.MADE_BY))
+    report(artifacts.read_json(output_dir / RECORD, multi_objective.MADE_BY))
     print(
         f"regression: wrote {', '.join(work.outputs)} to {output_dir}; "
         "next: studies/interpretable_gating.py"

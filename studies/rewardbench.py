@@ -134,7 +134,7 @@ def main(argv=None):
             "rows": {name: benchmark.counts() for name, benchmark in benchmarks.items()},
         }
         work.write_json(RESULTS, results)
-        report(results)
+    report(results)
     print(f"rewardbench: wrote {RESULTS} to {output_dir}")
 
 

@@ -91,15 +91,24 @@ def test_second_run_does_nothing_and_one_change_reruns_what_depends_on_it(done, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"RM_OBJECTIVE": "rank"}, "--rm_objective"),
-        ({"PAIRING": "both"}, "--pairing"),
-        ({"N_SAMPLE": "many"}, "--n_sample: expected a whole number of at least 1, found 'many'"),
-        ({"CONSIDER_FIRST_N": "3"}, "--consider_first_n"),
-        ({"LEARNING_RATE": "-1"}, "--learning_rate: expected a number above 0"),
-        ({"MAX_PROMPTS": "0"}, "--max_prompts"),
-        ({"NORMALIZE_REWARDS": "yes"}, "NORMALIZE_REWARDS: expected one of 0 1, found 'yes'"),
+        ({"RM_OBJECTIVE": "rank"}, "RM_OBJECTIVE (--rm_objective): invalid choice: 'rank'"),
+        ({"PAIRING": "both"}, "PAIRING (--pairing): invalid choice: 'both'"),
+        (
+            {"N_SAMPLE": "many"},
+            "N_SAMPLE (--n_sample): expected a whole number of at least 1, found 'many'",
+        ),
+        ({"CONSIDER_FIRST_N": "3"}, "CONSIDER_FIRST_N (--consider_first_n): invalid choice: 3"),
+        ({"LEARNING_RATE": "-1"}, "LEARNING_RATE (--learning_rate): expected a number above 0"),
+        (
+            {"MAX_PROMPTS": "0"},
+            "MAX_PROMPTS (--max_prompts): expected a whole number of at least 1, found '0'",
+        ),
+        ({"NORMALIZE_REWARDS": "2"}, "NORMALIZE_REWARDS (--normalize_rewards): expected 1 or 0"),
+        ({"FORCE": "yes"}, "FORCE (--force): expected one of 0 1, found 'yes'"),
+        ({"RM_MODEL": "ridge"}, "found ridge bt"),
+        ({"START_STEP": "3.5", "STOP_STEP": "3.5"}, "expected at most STOP_STEP=3.5"),
         ({"NORMALIZE_REWARDS": "1", "BINARIZE_REWARDS": "1"}, "at most one of them"),
-        ({"START_STEP": "9"}, "START_STEP: expected one of"),
+        ({"START_STEP": "9"}, "START_STEP (--start_step): invalid choice: '9'"),
         ({"START_STEP": "7", "STOP_STEP": "6"}, "expected at most STOP_STEP=6"),
         ({"TASK": "poetry"}, "TASK=poetry: expected DATASET beside it"),
         ({"TASK": "a/b", "DATASET": "x"}, "without slashes"),
@@ -116,7 +125,7 @@ def test_unknown_values_are_refused_before_anything_runs(tmp_path, settings, mes
 
 def test_own_empty_data_folder_is_not_filled_with_demo_data(tmp_path):
     result = run_all(tmp_path, DATA_DIR="mine")
-    assert (result.returncode, "mine: expected EMBD-TRAIN-split_0.npy" in result.stderr) == (
+    assert (result.returncode, "DATA_DIR=mine: no EMBD-TRAIN-split_0.npy" in result.stderr) == (
         2,
         True,
     )
@@ -159,16 +168,16 @@ def test_steps_that_are_killed_are_told(data, tmp_path):
     _, error = process.communicate()
     assert process.returncode == 137
     assert (
-        "run_all.sh: steps 5 to 8 were killed (status 137); the same command goes on from there"
-        in error
+        "run_all.sh: the run was killed (status 137); the same command goes on from there" in error
     )
 
 
 def test_two_runs_in_one_folder_take_turns(data, tmp_path):
-    first = start(tmp_path, DATA_DIR=data)
+    many = {"DATA_DIR": data, "ENSEMBLE_NUMBER": 60}  # long enough for the second one to start
+    first = start(tmp_path, **many)
     while not (tmp_path / "distill_out" / "logs" / "step5.log").exists():
         time.sleep(0.02)
-    second = start(tmp_path, DATA_DIR=data)
+    second = start(tmp_path, **many)
     out, error = second.communicate()
     assert (first.wait(), second.returncode) == (0, 0)
     assert "another run is using distill_out: waiting" in error

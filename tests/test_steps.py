@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
+from copy import deepcopy
 
 import joblib
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 from conftest import ROOT, SMALL, STEPS, make_data, run_step, run_steps
 
 import convert_embeddings
+import step7_isotonic_distillation
 from rewardlib import artifacts, calibration
 from rewardlib.data import embeddings, splits
 from rewardlib.errors import InputError
 from rewardlib.measures import ranking
 from rewardlib.models import model_files, scoring
-from rewardlib.nets import mlp, training
+from rewardlib.nets import mlp, student, training
 from rewardlib.nets.training import _train_member
 from rewardlib.pipeline import variants
 
@@ -344,6 +346,34 @@ def test_one_member_is_in_memory_at_a_time(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_train_member", train)
     run_step(5, data, tmp_path / "out", "--ensemble_number", "4")
     assert alive == [1, 1, 1, 1]
+
+
+def test_the_start_of_the_student_is_not_held_while_it_is_trained(data, copy, monkeypatch):
+    starts, alive, student_start, train = [], [], scoring.student_start, student.train
+
+    def start(*args):
+        model = deepcopy(student_start(*args))
+        starts.append(weakref.ref(model))
+        return model
+
+    def look(*args):
+        alive.append(starts[0]() is not None)
+        return train(*args)
+
+    monkeypatch.setattr(scoring, "student_start", start)
+    monkeypatch.setattr(student, "train", look)
+    run_step(7, data, copy, "--distill_epochs", "3")
+    assert alive == [False]
+
+
+def test_a_finished_step_is_recorded_before_it_reports(data, copy, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(step7_isotonic_distillation, "report", closed)
+    with pytest.raises(BrokenPipeError):
+        run_step(7, data, copy, "--distill_epochs", "3")
+    assert artifacts.read_manifest(copy)["step7"]["arguments"]["distill_epochs"] == 3
 
 
 def test_member_names_follow_the_contract(finished):

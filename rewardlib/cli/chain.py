@@ -10,13 +10,16 @@ Example DATA_DIR=data OUTPUT_DIR=distill_out bash run_all.sh
 """
 
 import importlib
+import multiprocessing
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +29,10 @@ from rewardlib import api, artifacts
 from rewardlib.cli import console, flags, preflight, settings
 from rewardlib.data import embeddings
 from rewardlib.errors import InputError
+from rewardlib.llm import loading
 
 LAST_LINES = 8
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Stage:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings.print_help_or_refuse(sys.argv[1:], __doc__, settings.tables)
     values = settings.read(os.environ)
     chain = settings.parse("chain", values)
@@ -62,13 +68,14 @@ def plan(chain: Namespace, values: Mapping[str, str]) -> tuple[list[Stage], Path
 
     InputError where a value is refused, settings contradict each other, or a model is missing.
     """
-    artifacts.is_forced()
     if chain.run_gpu_steps and chain.use_repo_embd:
         raise InputError(
             "RUN_GPU_STEPS and USE_REPO_EMBD: expected at most one of them, found both"
         )
     first, last = steps_of(chain, values)
     values = with_derived(chain, values)
+    for stage in ("convert", "step5", "step6", "step7", "step8"):  # a bad value is never ignored
+        settings.parse(stage, values)
     run_args = settings.parse("step7", values)
     flags.check_model(run_args)
     flags.distillation_settings(run_args)
@@ -76,7 +83,6 @@ def plan(chain: Namespace, values: Mapping[str, str]) -> tuple[list[Stage], Path
     if "PAIRS" not in values and first <= 5:
         stages += stages_of_data(chain, values, first, last)
     for name in (f"step{number}" for number in range(max(first, 5), last + 1)):
-        settings.parse(name, values)
         argv = settings.flags_of(name, values)
         stages.append(Stage(name, settings.STAGES[name], argv, shares_process=True))
     if last == 8 and chain.report:
@@ -86,13 +92,13 @@ def plan(chain: Namespace, values: Mapping[str, str]) -> tuple[list[Stage], Path
 
 
 def steps_of(chain: Namespace, values: Mapping[str, str]) -> tuple[int, int]:
-    """First and last step, step 3.5 counted with its neighbours."""
-    if float(chain.start_step) > float(chain.stop_step):
+    """First and last step. Step 3.5 goes with step 3: a chain ends with both or begins after."""
+    first = 4 if chain.start_step == "3.5" else int(chain.start_step)
+    last = 3 if chain.stop_step == "3.5" else int(chain.stop_step)
+    if first > last:
         raise InputError(
             f"START_STEP: expected at most STOP_STEP={chain.stop_step}, found {chain.start_step}"
         )
-    first = 4 if chain.start_step == "3.5" else int(chain.start_step)
-    last = 3 if chain.stop_step == "3.5" else int(chain.stop_step)
     if "PAIRS" not in values:
         return first, last
     # Recorded pairs have no golden rewards to calibrate to: steps 7 and 8 have nothing to do.
@@ -106,8 +112,15 @@ def steps_of(chain: Namespace, values: Mapping[str, str]) -> tuple[int, int]:
 
 
 def with_derived(chain: Namespace, values: Mapping[str, str]) -> dict[str, str]:
-    """The settings with those that follow from others: the generator, the published files."""
+    """The settings with those that follow from others: data sets, generator, published files."""
     values = dict(values)
+    task = settings.parse("step5", values).task
+    has_dataset = task in loading.REWARD_MODELS
+    if not has_dataset and "DATASET" not in values:
+        raise InputError(f"TASK={task}: expected DATASET beside it (helpful and harmless have one)")
+    if chain.run_gpu_steps and values.keys() & {"TASK", "DATASET"}:
+        values.setdefault("EVAL_DATASET", f"hh-rlhf-{task}")
+        values.setdefault("DATASET", f"hh-rlhf-{task}-gpt4")
     if chain.run_gpu_steps and "MODEL_NAME" in values:  # one model answers and embeds
         values.setdefault("GEN_PREF_MODEL", values["MODEL_NAME"])
     if chain.use_repo_embd:
@@ -121,7 +134,7 @@ def stages_of_data(
 ) -> list[Stage]:
     """What fills DATA_DIR: steps 1 to 4, the conversion of published files, or demo data."""
     if chain.run_gpu_steps:
-        return stages_of_prompts(values, first, last)
+        return stages_of_prompts(values, first, last) if first <= 4 else []
     if chain.use_repo_embd:
         argv = settings.flags_of("convert", values)
         return [Stage("convert", settings.STAGES["convert"], argv)]
@@ -143,8 +156,14 @@ def needs_demo_data(data_dir: str) -> bool:
     return unfinished or not embeddings.find_splits(data_dir, "train")
 
 
+def in_own_process(function: Callable, **arguments) -> None:
+    """Call a function that may touch a GPU, of which this long-lived process keeps nothing."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(function, **arguments).result()
+
+
 def stages_of_prompts(values: Mapping[str, str], first: int, last: int) -> list[Stage]:
-    """Steps 1 to 4, of which 2 to 3.5 run once for train and once for test prompts.
+    """Stages of steps 1 to 4; steps 2, 3 and 3.5 run twice, for train and for test prompts.
 
     InputError names every model, package and file that is missing.
     """
@@ -158,7 +177,8 @@ def stages_of_prompts(values: Mapping[str, str], first: int, last: int) -> list[
     prompts = sample["train"]
     for folder in (tune.output_dir, prompts.output_dir, embed.output_dir):
         artifacts.writable_dir(folder)
-    preflight.check(
+    in_own_process(
+        preflight.check,
         models={
             "generator": prompts.model_name,
             "reward": score.reward_model,
@@ -217,7 +237,11 @@ def hold(output_dir: Path) -> Iterator[TextIO]:
 
 
 def run(command: str, stage: Stage, logs: Path, lock_file: TextIO) -> None:
-    """Run a stage with its output copied to logs/{name}.log; end this process where it fails."""
+    """Run a stage with its output copied to logs/{name}.log; end this process where it fails.
+
+    A stage that was killed ends this process with status 1: a status above 128 would say that this
+    process was killed itself.
+    """
     print(f"\n==> {stage.name}: {shlex.join(['python', *stage.command])}", flush=True)
     path, started = logs / f"{stage.name}.log", time.time()
     with open(path, "w") as log:
@@ -226,14 +250,15 @@ def run(command: str, stage: Stage, logs: Path, lock_file: TextIO) -> None:
         else:
             status = run_apart(stage, log, lock_file)
     if status:
-        last = "".join(f"    {line}\n" for line in path.read_text().splitlines()[-LAST_LINES:])
+        lines = path.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        last = "".join(f"    {line}\n" for line in lines)
         print(
             f"\n{command}: {stage.name} failed after {time.time() - started:.0f} s; its last "
             f"lines:\n{last}the whole log: {path}\n"
             "the same command goes on from here; finished steps are skipped",
             file=sys.stderr,
         )
-        sys.exit(status)
+        sys.exit(1 if status > 128 and status != INTERRUPTED else status)
 
 
 def run_here(stage: Stage, log: TextIO) -> int:
@@ -249,12 +274,17 @@ def run_here(stage: Stage, log: TextIO) -> int:
 def run_apart(stage: Stage, log: TextIO, lock_file: TextIO) -> int:
     """Exit status of a script run in a process of its own, which holds the lock with this one."""
     command = [sys.executable, str(artifacts.ROOT / stage.command[0]), *stage.argv]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    sys.stdout.flush()
     with subprocess.Popen(command, pass_fds=[lock_file.fileno()], **pipes) as process:
-        for line in process.stdout:
-            for stream in (sys.stdout, log):
-                stream.write(line)
-                stream.flush()
+        try:
+            while output := process.stdout.read1(1 << 16):  # bytes as they are, of any encoding
+                for stream in (sys.stdout.buffer, log.buffer):
+                    stream.write(output)
+                    stream.flush()
+        except BaseException:
+            process.terminate()
+            raise
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 

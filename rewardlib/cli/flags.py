@@ -113,7 +113,7 @@ def add_language_model_flags(group: argparse._ActionsContainer) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="type of the weights; auto: bfloat16 on a GPU, else as stored",
+        help="type of the weights; auto: bfloat16 on a GPU, float32 elsewhere",
     )
     add_trust_flag(group)
 
@@ -197,7 +197,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add_task_flag(group)
     add_embedder_flag(group)
     group.add_argument(
-        "--sft_obj", default="gpt4", help="data that the generator was fine-tuned on"
+        "--sft_obj",
+        default="gpt4",
+        help="name of the data that the generator was fine-tuned on, a label of the results",
     )
     add_generator_flag(group)
 
@@ -338,7 +340,8 @@ def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
         "--distill_steps",
         type=kinds.count,
         default=250,
-        help="upper limit on optimiser steps; overrides --distill_epochs",
+        help="approximate upper limit on optimiser steps, but at least one pass; lowers "
+        "--distill_epochs",
     )
     group.add_argument(
         "--distill_responses",

@@ -58,7 +58,7 @@ RENAMED = {
 }
 EVERYWHERE = {"embed_model_name": "MODEL_NAME", "gen_pref_model_name": "GEN_PREF_MODEL"}
 
-# The chain itself passes these; no variable does.
+# Flags that no variable sets: the chain passes them itself, or has no use for them.
 NO_SETTING = {
     "convert": {"embd_file", "reward_file", "split"},
     "step2": {"n_samples", "data_class", "split"},
@@ -131,18 +131,9 @@ def all_names() -> frozenset[str]:
 
 
 def read(environment: Mapping[str, str]) -> dict[str, str]:
-    """{variable: text} of the settings that are set, those included that follow from TASK.
-
-    InputError for a variable that looks like a mistyped setting.
-    """
+    """{variable: text} of the settings that are set; InputError for one that looks mistyped."""
     refuse_misspelt(environment, all_names())
-    values = {name: environment[name] for name in sorted(all_names()) if environment.get(name)}
-    task = values.get("TASK")
-    if task in ("helpful", "harmless"):
-        values.setdefault("DATASET", f"hh-rlhf-{task}-gpt4")
-    elif task and "DATASET" not in values:
-        raise InputError(f"TASK={task}: expected DATASET beside it (helpful and harmless have one)")
-    return values
+    return {name: environment[name] for name in sorted(all_names()) if environment.get(name)}
 
 
 def flags_of(stage: str, values: Mapping[str, str]) -> list[str]:
@@ -187,10 +178,14 @@ def flags_from(
         if action.nargs == 0:  # a flag without a value
             flags += [flag] if read_bit(name, text) else []
         elif action.nargs:
-            flags += [flag, *text.split(separator)]
+            flags += [flag, *split_list(text, separator)]
         else:
             flags += [flag, text]
     return flags
+
+
+def split_list(text: str, separator: str | None) -> list[str]:
+    return [item for item in text.split(separator) if item]
 
 
 def read_bit(name: str, text: str) -> bool:
@@ -217,10 +212,13 @@ def parse_named(
 
 
 def refuse_misspelt(environment: Iterable[str], names: Collection[str]) -> None:
-    """InputError for a variable that is one edit away from a setting; two, where it is long."""
+    """InputError for a variable that is one edit away from a setting; two, where it is long.
+
+    The first letter must agree: it is seldom mistyped, and other programs have short names too.
+    """
     for name in environment:
-        limit = 1 if len(name) <= 8 else 2
-        near = [other for other in names if abs(len(name) - len(other)) <= limit]
+        limit = 1 if len(name) < 12 else 2
+        near = [n for n in names if n[0] == name[:1] and abs(len(name) - len(n)) <= limit]
         distances = {other: edit_distance(name, other) for other in sorted(near)}
         nearest = min(distances, key=distances.get, default=None)
         if nearest and 0 < distances[nearest] <= limit:

@@ -271,7 +271,7 @@ class Plan:
 
     def add_benchmarks(self, setting: str, flag: str, text: str | None) -> None:
         files = []
-        for item in split_list(text):
+        for item in settings.split_list(text or "", ";"):
             name, _, source = item.partition("=")
             if not name or not source or "/" in name:
                 raise InputError(f"{setting}: expected NAME=FILE;NAME=FILE, found {item!r}")
@@ -282,7 +282,7 @@ class Plan:
             self.benchmark_flags += [flag, *files]
 
     def add_examples(self) -> None:
-        for item in split_list(self.args.explain):
+        for item in settings.split_list(self.args.explain, ";"):
             name, _, choice = item.partition("=")
             if name not in self.known or not choice:
                 raise InputError(
@@ -329,10 +329,6 @@ def check_contradictions(args: argparse.Namespace, values: Mapping[str, str]) ->
             f"{', '.join(names)}: expected RATED=EMBD_*.npy beside them, found {args.rated!r}; "
             "leave them out"
         )
-
-
-def split_list(text: str | None) -> list[str]:
-    return [item for item in (text or "").split(";") if item]
 
 
 if __name__ == "__main__":

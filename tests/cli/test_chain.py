@@ -1,7 +1,10 @@
 """The chain of run_all.sh: each step does what it does alone, with its own log and failures."""
 
+import fcntl
 import io
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -267,3 +270,61 @@ def test_help_lists_the_settings_and_starts_nothing(tmp_path, monkeypatch, capsy
     for part in ("Reads   ", "Writes  ", "Example ", *settings.all_names()):
         assert part in text
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------- own processes
+
+
+@pytest.fixture
+def apart(tmp_path, monkeypatch):
+    """run_apart of a script with this code; its log is tmp_path/log."""
+    monkeypatch.setattr(chain.artifacts, "ROOT", tmp_path)
+
+    def run(code):
+        (tmp_path / "script.py").write_text(code)
+        stage = chain.Stage("script", "script", [])
+        with open(tmp_path / "log", "w") as log, open(tmp_path / ".lock", "a") as lock_file:
+            chain.artifacts.take_lock(lock_file, tmp_path)
+            return chain.run_apart(stage, log, lock_file)
+
+    return run
+
+
+def test_output_of_a_process_is_copied_byte_by_byte(apart, tmp_path, capfdbinary):
+    written = b"caf\xe9\rbar 0\rbar 1\n"
+    assert apart(f"import sys; sys.stdout.buffer.write({written!r}); sys.exit(3)") == 3
+    assert (tmp_path / "log").read_bytes() == written == capfdbinary.readouterr().out
+
+
+def test_a_killed_process_has_the_status_of_its_signal(apart):
+    assert apart("import os, signal; os.kill(os.getpid(), signal.SIGKILL)") == 137
+
+
+def test_a_process_that_outlives_the_chain_keeps_the_lock(apart, tmp_path, capfdbinary):
+    """It inherits the descriptor of the lock, so that no second run starts beside it."""
+    code = f"""
+import subprocess
+quiet = {{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "close_fds": False}}
+child = subprocess.Popen(["sleep", "60"], **quiet)
+open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+"""
+    assert apart(code) == 0
+    with open(tmp_path / ".lock", "a") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
+def test_a_killed_stage_is_told_and_ends_the_chain(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chain, "run_apart", lambda stage, log, lock_file: 137)
+    with pytest.raises(SystemExit) as stop:
+        chain.run("run_all.sh", chain.Stage("step2-train", "step2", []), tmp_path, None)
+    assert stop.value.code == 1
+    assert "run_all.sh: step2-train failed after" in capsys.readouterr().err
+
+
+def test_gpu_steps_that_are_over_need_no_language_models(steps, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"RUN_GPU_STEPS": 1, "DATA_DIR": data, "OUTPUT_DIR": tmp_path / "out", "REPORT": 0}
+    assert call(monkeypatch, 5, 6, **values) == 0
+    assert [module for module, _ in steps.calls] == [STEPS[5], STEPS[6]]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rewardlib import artifacts
-from rewardlib.cli import console, kinds
+from rewardlib.cli import console, flags, kinds
 from rewardlib.errors import InputError
 from rewardlib.llm import loading
 from studies.interpretable import (
@@ -57,19 +57,11 @@ def make_parser():
         help="texts of a prompt and a response, embedded with --model",
     )
     group = parser.add_argument_group("embedding of --text, as in interpretable_prepare.py")
-    group.add_argument(
-        "--model", help="model that embeds: gemma2b, gemma7b, llama38b, a hub id or a folder"
-    )
+    group.add_argument("--model", help=f"model that embeds: {flags.MODEL_HELP}")
     group.add_argument(
         "--chat_template",
         type=Path,
         help="Jinja file with a chat template; None: the template of the tokenizer",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="type of the weights; auto: bfloat16 on a GPU, float32 elsewhere",
     )
     group.add_argument(
         "--max_length",
@@ -77,9 +69,7 @@ def make_parser():
         default=4096,
         help="largest number of tokens of prompt and response",
     )
-    group.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that comes with the model"
-    )
+    flags.add_language_model_flags(group)
     group = parser.add_argument_group("inputs and outputs")
     group.add_argument(
         "--model_dir",

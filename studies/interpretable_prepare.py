@@ -32,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rewardlib import artifacts
-from rewardlib.cli import console, kinds
+from rewardlib.cli import console, flags, kinds
 from rewardlib.errors import InputError
 from rewardlib.llm import loading
 from studies.interpretable import (
@@ -153,8 +153,7 @@ def add_embedding_flags(parser):
     group = parser.add_argument_group("embedding of conversations")
     group.add_argument(
         "--model",
-        help="model that embeds: gemma2b, gemma7b, llama38b, a hub id or a folder; with other "
-        "sources a name to record",
+        help=f"model that embeds: {flags.MODEL_HELP}; with other sources a name to record",
     )
     group.add_argument(
         "--chat_template",
@@ -168,12 +167,6 @@ def add_embedding_flags(parser):
         help="largest number of tokens of a conversation; longer rows are left out and counted",
     )
     group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="type of the weights; auto: bfloat16 on a GPU, float32 elsewhere",
-    )
-    group.add_argument(
         "--batch_tokens",
         type=kinds.count,
         default=16384,
@@ -185,9 +178,7 @@ def add_embedding_flags(parser):
         default="float32",
         help="type of the embeddings in the prepared file",
     )
-    group.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that comes with the model"
-    )
+    flags.add_language_model_flags(group)
     group.add_argument(
         "--n_shards",
         type=kinds.count,

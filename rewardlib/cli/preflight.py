@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from rewardlib.errors import InputError
-from rewardlib.llm import loading, prompts
+from rewardlib.llm import loading, prompts, staging
 
 PACKAGES = ("transformers", "peft", "trl", "datasets", "accelerate")
-TEXT_BYTES = 1000  # estimate of the text of one response, which several files repeat
 HIDDEN_SIZE = 2048  # assumed of an embedder whose configuration does not tell
 WEIGHTS = (".safetensors", ".bin")
 
@@ -121,7 +120,7 @@ def _weight_bytes(sizes):
 def _disk_bytes(rows, hidden, weights, cached):
     """Bytes of `rows` responses, each a float32 embedding and texts, and of weights to download."""
     downloads = sum(size for role, size in weights.items() if not cached[role])
-    return rows * (4 * hidden + 4 * TEXT_BYTES) + downloads
+    return rows * (4 * hidden + 4 * staging.TEXT_BYTES) + downloads
 
 
 def _memory(models, weights):

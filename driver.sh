@@ -24,7 +24,7 @@ choose_python() { # EXTRA PACKAGE...
   set -- "${CORE_PACKAGES[@]}" "$@"
   if [ -n "${PYTHON:-}" ]; then
     has_packages "$PYTHON" "$@" || {
-      echo "PYTHON=$PYTHON: expected Python 3.10 or newer with $*, found one without; install them or unset PYTHON" >&2
+      echo "PYTHON=$PYTHON: expected Python 3.10 or newer with torch 2.13 and $*, found one without; install them or unset PYTHON" >&2
       return 2
     }
     PY=$PYTHON

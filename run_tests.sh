@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests: ruff, shellcheck, pytest. Makes .venv with what they need unless an active environment has it.
-# Arguments go to pytest: bash run_tests.sh tests/test_metrics.py -k best_of_n
+# Arguments go to pytest: bash run_tests.sh tests/measures -k best_of_n
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=driver.sh

@@ -1,13 +1,13 @@
 """Step 6: how well the reward models rank the responses of prompts they have never seen.
 
-Every member and the aggregations mean, min (worst case), uwo (uncertainty-weighted), lcb (lower
-confidence bound) and first, on the held-out prompts and on the test set where there is one, beside
-the baselines: a random scorer, one constant, response length where it is known, and a linear
-Bradley-Terry probe fitted to the same pairs.
+Held-out prompts, and the test set if there is one, are scored by every member and by the
+aggregations mean, min (worst case), uwo (uncertainty-weighted), lcb (lower confidence bound) and
+first. The baselines stand beside them: a random scorer, one constant, response length where it is
+known, and a linear Bradley-Terry probe fitted to the same pairs.
 
-With --pairs FILE: how often the reward models agree with the recorded choices of held-out pairs, by
-subset, and how well sigmoid(score difference) is calibrated, before and after a temperature and an
-isotonic map, both fitted on calibration pairs.
+With --pairs FILE this step measures how often the reward models agree with the recorded choices of
+held-out pairs, by subset, and how well sigmoid(score difference) is calibrated, before and after a
+temperature and an isotonic map, both fitted on calibration pairs.
 
 Reads   what step 5 wrote to OUTPUT_DIR, DATA_DIR; or the pairs of --pairs
 Writes  to OUTPUT_DIR

@@ -4,8 +4,8 @@ The teacher is the mean of its members, each brought to one scale. A centred iso
 on calibration prompts that no member trained on; where fewer than 50 are left, on out-of-bag
 scores: each prompt is scored by the members that never saw it. The student learns calibrated
 targets (out of fold on calibration prompts) on calibration and student-train prompts, and at as
-many points between their embeddings. Its own map is fitted on calibration prompts. Held-out prompts
-are not read.
+many points interpolated between their embeddings. A second isotonic map, for the student, is fitted
+on calibration prompts. Held-out prompts are not read.
 
 Reads   what step 5 wrote to OUTPUT_DIR (or --teacher_ckpt), DATA_DIR
 Writes  to OUTPUT_DIR

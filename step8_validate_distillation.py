@@ -1,9 +1,10 @@
 """Step 8: the four variants side by side on held-out prompts, and on the test set if there is one.
 
-Teacher ORM, Teacher + Isotonic, Student, Student + Isotonic: Spearman, pairwise accuracy and
-best-of-n; MSE, R2 and reliability for the three that have a unit; intervals over prompts; paired
-differences to the teacher; a few examples. Where the manifests and records of steps 5 and 7 do not
-prove that held-out prompts entered no fit, this step refuses to run.
+The variants are Teacher ORM, Teacher + Isotonic, Student and Student + Isotonic. This step measures
+Spearman, pairwise accuracy and best-of-n of all four, MSE, R2 and reliability of the three that
+have a unit, all with intervals over prompts, and paired differences to the teacher. Where the
+manifests and records of steps 5 and 7 do not prove that held-out prompts entered no fit, this step
+refuses to run.
 
 Reads   what steps 5 to 7 wrote to OUTPUT_DIR, DATA_DIR
 Writes  to OUTPUT_DIR

@@ -14,9 +14,12 @@ Example python tests/tiny_models.py /tmp/tiny
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rewardlib import artifacts
 from rewardlib.llm import encoding, loading, prompts, responses
@@ -287,9 +290,6 @@ def fit_head(folder, tokenizer, rows):
 
 
 if __name__ == "__main__":
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

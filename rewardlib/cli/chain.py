@@ -79,6 +79,10 @@ def plan(chain: Namespace, values: Mapping[str, str]) -> tuple[list[Stage], Path
     run_args = settings.parse("step7", values)
     flags.check_model(run_args)
     flags.distillation_settings(run_args)
+    if last < 5 and not (chain.run_gpu_steps or chain.use_repo_embd):
+        raise InputError(
+            f"STOP_STEP={chain.stop_step}: steps 1 to 4 run with RUN_GPU_STEPS=1; nothing to do"
+        )
     stages = []
     if "PAIRS" not in values and first <= 5:
         stages += stages_of_data(chain, values, first, last)
@@ -134,7 +138,7 @@ def stages_of_data(
 ) -> list[Stage]:
     """What fills DATA_DIR: steps 1 to 4, the conversion of published files, or demo data."""
     if chain.run_gpu_steps:
-        return stages_of_prompts(values, first, last) if first <= 4 else []
+        return stages_of_prompts(chain, values, first, last) if first <= 4 else []
     if chain.use_repo_embd:
         argv = settings.flags_of("convert", values)
         return [Stage("convert", settings.STAGES["convert"], argv)]
@@ -162,16 +166,18 @@ def in_own_process(function: Callable, **arguments) -> None:
         pool.submit(function, **arguments).result()
 
 
-def stages_of_prompts(values: Mapping[str, str], first: int, last: int) -> list[Stage]:
+def stages_of_prompts(
+    chain: Namespace, values: Mapping[str, str], first: int, last: int
+) -> list[Stage]:
     """Stages of steps 1 to 4; steps 2, 3 and 3.5 run twice, for train and for test prompts.
 
     InputError names every model, package and file that is missing.
     """
     tune, score, embed = (settings.parse(step, values) for step in ("step1", "step3", "step4"))
     sample, sizes = {}, {}
-    for data_class in ("train", "test"):
-        n_responses = values.get(f"N_{data_class.upper()}_RESPONSES")
-        sizes[data_class] = ["--n_samples", n_responses] if n_responses else []
+    n_responses = {"train": chain.n_train_responses, "test": chain.n_test_responses}
+    for data_class, n in n_responses.items():
+        sizes[data_class] = ["--n_samples", str(n)] if n else []
         class_flags = ["--data_class", data_class, *sizes[data_class]]
         sample[data_class] = settings.parse("step2", values, class_flags)
     prompts = sample["train"]
@@ -207,7 +213,8 @@ def stages_of_prompts(values: Mapping[str, str], first: int, last: int) -> list[
             stages.append(stage("step3", f"step3-{data_class}", class_flag))
             stages.append(stage("step3.5", f"step3.5-{data_class}", class_flag + size))
     if first <= 4 <= last:
-        stages.append(stage("step4"))
+        test_size = ["--n_test_samples", *sizes["test"][1:]] if sizes["test"] else []
+        stages.append(stage("step4", more=[*sizes["train"], *test_size]))
     return stages
 
 

@@ -37,7 +37,8 @@ def add_generator_flag(
 
 def add_dataset_flag(group: argparse._ActionsContainer) -> None:
     text = (
-        "data that the generator is fine-tuned on: a name of the README's table, a .jsonl or a .csv"
+        "data that the generator is fine-tuned on: hh-rlhf-{helpful,harmless}[-gpt4], a "
+        ".jsonl or a .csv file"
     )
     group.add_argument("--dataset", default=DATASET, help=text)
 
@@ -306,7 +307,7 @@ def add_pairs_flag(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         metavar="FILE",
         help="file of recorded preferences (.npz, .safetensors or .parquet) to train and evaluate "
-        "on, in place of --data_dir and of drawn preference labels",
+        "on, in place of --data_dir and of simulated labels",
     )
 
 

@@ -50,11 +50,7 @@ RENAMED = {
         "max_length": "SFT_MAX_LENGTH",
     },
     "step2": {"model_name": "GEN_PREF_MODEL", "data_dir": "SOURCE_DIR", "output_dir": "GEN_DIR"},
-    "step4": {
-        "n_samples": "N_TRAIN_RESPONSES",
-        "n_test_samples": "N_TEST_RESPONSES",
-        "output_dir": "DATA_DIR",
-    },
+    "step4": {"output_dir": "DATA_DIR"},
 }
 EVERYWHERE = {"embed_model_name": "MODEL_NAME", "gen_pref_model_name": "GEN_PREF_MODEL"}
 
@@ -64,7 +60,7 @@ NO_SETTING = {
     "step2": {"n_samples", "data_class", "split"},
     "step3": {"data_class", "split"},
     "step3.5": {"n_samples", "data_class"},
-    "step4": {"train_test", "split"},
+    "step4": {"n_samples", "n_test_samples", "train_test", "split"},
 }
 
 
@@ -90,6 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=False,
         help="1: convert published files of EMBD_REPO_DIR into DATA_DIR first",
     )
+    for data_class in ("train", "test"):
+        group.add_argument(
+            f"--n_{data_class}_responses",
+            type=kinds.count,
+            help=f"number of responses to each {data_class} prompt that steps 2 to 4 sample, score "
+            "and embed; None: the default of step 2",
+        )
     group.add_argument(
         "--report", type=kinds.bit, default=True, help="1: write report.html after step 8"
     )

@@ -9,9 +9,10 @@ Three formats of file names, embeddings first, then rewards:
     3  embd_{gen}_{embed}_{task}_{split}.npy                  (N, K, D)
        reward_{gen}_{embed}_{task}_{split}.npy                (N, K, 1)
 
-convert_embeddings.py and rewardlib.api.load_embd_data both read these files. Each passes its own
-`words`, in which an error tells its user what to set: "folder", "narrower", "files", "names",
-"dataset", "reward_model" and "axes", of which the last three have a place for the value.
+convert_embeddings.py and rewardlib.api.load_embd_data read these files. Each caller passes a dict
+`words`: for every key, the phrase in which an error message names the argument to set. The keys are
+"folder", "narrower", "files", "names", "dataset", "reward_model" and "axes"; the phrases of the
+last three have a placeholder for the value.
 """
 
 import difflib

@@ -1,6 +1,6 @@
 """Names of language models: their Hugging Face ids, and short forms for file names.
 
-A module of its own because rewardlib.api uses it, which loads and measures arrays without torch.
+They stand apart from loading.py because rewardlib.api uses them, and does without torch.
 """
 
 import hashlib

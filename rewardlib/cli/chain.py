@@ -30,6 +30,7 @@ from rewardlib.cli import console, flags, preflight, settings
 from rewardlib.data import embeddings
 from rewardlib.errors import InputError
 from rewardlib.llm import loading
+from rewardlib.models.names import check_names
 
 LAST_LINES = 8
 INTERRUPTED = 130
@@ -77,7 +78,7 @@ def plan(chain: Namespace, values: Mapping[str, str]) -> tuple[list[Stage], Path
     for stage in ("convert", "step5", "step6", "step7", "step8"):  # a bad value is never ignored
         settings.parse(stage, values)
     run_args = settings.parse("step7", values)
-    flags.check_model(run_args)
+    check_names(run_args.rm_model, run_args.rm_objective)
     flags.distillation_settings(run_args)
     if last < 5 and not (chain.run_gpu_steps or chain.use_repo_embd):
         raise InputError(

@@ -12,8 +12,7 @@ import torch
 from rewardlib.cli import kinds
 from rewardlib.errors import InputError
 from rewardlib.llm import loading, prompts
-from rewardlib.models import registry
-from rewardlib.models.classifiers import has_lightgbm
+from rewardlib.models.names import OBJECTIVES, check_names
 from rewardlib.nets import mlp
 
 GENERATOR = "gemma7b"
@@ -249,7 +248,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reward models")
     group.add_argument(
         "--rm_model",
-        choices=["mlp", "linear", "lgbm", "laplace", "ridge"],
+        choices=list(OBJECTIVES),
         default="mlp",
         help="kind of reward model: MLP, linear, LightGBM, linear with a Laplace posterior, "
         "ridge regression on golden rewards (a reference)",
@@ -414,7 +413,7 @@ def run_settings(args: argparse.Namespace) -> dict:
     Settings that the kind of model does not use are left out. "precision" is the type that this
     CPU computes in.
     """
-    check_model(args)
+    check_names(args.rm_model, args.rm_objective)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     settings = {name: getattr(args, name) for name in [*names_of(add_naming_flags), "seed"]}
@@ -443,13 +442,6 @@ def computing_name(args: argparse.Namespace) -> str:
 
 def computing_type(args: argparse.Namespace) -> torch.dtype:
     return mlp.TYPES[computing_name(args)]
-
-
-def check_model(args: argparse.Namespace) -> None:
-    """InputError unless the kind of model has the objective, and its package is installed."""
-    registry.model_class(args.rm_model, args.rm_objective)
-    if args.rm_model == "lgbm" and not has_lightgbm():
-        raise InputError("rm_model lgbm: the package lightgbm is missing; pip install lightgbm")
 
 
 def distillation_settings(args: argparse.Namespace) -> dict:

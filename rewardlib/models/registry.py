@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rewardlib.errors import InputError
 from rewardlib.models.base import RewardModel
 from rewardlib.models.classifiers import CLF_LGBM
 from rewardlib.models.linear import BT_Laplace, BT_Linear, CLF_Linear, Regression_Ridge
 from rewardlib.models.mlp import BT_MLP, CLF_MLP
+from rewardlib.models.names import check_names
 
 MODELS = {
     "mlp": {"bt": BT_MLP, "clf": CLF_MLP},
@@ -21,14 +21,8 @@ MODELS = {
 
 def model_class(model: str, objective: str) -> type[RewardModel]:
     """The class of MODELS with this name and objective; InputError if there is none."""
-    objectives = MODELS.get(model, {})
-    if objective not in objectives:
-        known = ", ".join(f"{name} {kind}" for name, kinds in MODELS.items() for kind in kinds)
-        raise InputError(
-            f"reward model: expected one of {known}, found {model} {objective}; "
-            "change the model or the objective"
-        )
-    return objectives[objective]
+    check_names(model, objective)
+    return MODELS[model][objective]
 
 
 def fit_members(

@@ -38,6 +38,7 @@ from rewardlib.models.linear import (
     _folds,
 )
 from rewardlib.models.mlp import BT_MLP, CLF_MLP
+from rewardlib.models.names import OBJECTIVES
 
 D = 6
 WEIGHTS = np.array([2, -1, 0.5, 0, 0, 0])
@@ -1070,3 +1071,7 @@ def test_the_benchmark_measures_every_setting_beside_the_baselines(tmp_path, cap
         "sameprompt, annotation quality -1: label error 0.000, mean of 2 seeds"
         in capsys.readouterr().out
     )
+
+
+def test_the_names_that_the_command_line_checks_are_those_of_the_classes():
+    assert {name: tuple(kinds) for name, kinds in registry.MODELS.items()} == OBJECTIVES

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from rewardlib.cli import chain, console
+from rewardlib.cli.settings import all_names
+
 SMALL = {"N_SAMPLE": "20", "N_PAIRS": "2", "ENSEMBLE_NUMBER": "2", "DISTILL_EPOCHS": "2"}
 
 
@@ -115,11 +118,22 @@ def test_second_run_does_nothing_and_one_change_reruns_what_depends_on_it(done, 
         ({"RUN_GPU_STEPS": "1", "USE_REPO_EMBD": "1"}, "at most one"),
     ],
 )
-def test_unknown_values_are_refused_before_anything_runs(tmp_path, settings, message):
-    result = run_all(tmp_path, **settings)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_unknown_values_are_refused_before_anything_runs(
+    tmp_path, monkeypatch, capsys, settings, message
+):
+    """In this process, as run_all.sh calls the chain; test_settings.py refuses in the shell."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["chain"])
+    for name in all_names():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**SMALL, **settings}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        console.run(chain.main, "run_all.sh")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

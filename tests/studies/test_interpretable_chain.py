@@ -15,6 +15,7 @@ from conftest import ROOT
 from interpretable_data import script
 
 from rewardlib import artifacts
+from rewardlib.cli import console
 from rewardlib.errors import InputError
 from studies.interpretable import attribute_data, chain, report, rewardbench
 
@@ -416,13 +417,24 @@ def test_from_chats(chats, tmp_path):
         ({"STYLES": "made up={d}"}, "found best of 3, made up, made up"),
     ],
 )
-def test_unknown_values_are_refused_before_anything_runs(arrays, tmp_path, settings, message):
+def test_unknown_values_are_refused_before_anything_runs(
+    arrays, tmp_path, monkeypatch, capsys, settings, message
+):
+    """In this process, as interpretable.sh calls the chain."""
     places = {"d": arrays / "domains.npz", "e": arrays / "EMBD_x.npy"}
     values = {name: str(value).format(**places) for name, value in settings.items()}
     base = {} if "RATED" in values or not values else array_settings(arrays)
-    result = run(tmp_path, **{**base, **values})
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert message in result.stderr and result.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["chain"])
+    for name in chain.all_actions():
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**QUICK, **base, **values}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as stop:
+        console.run(chain.main, "interpretable.sh")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ import step5_train_rms
 from rewardlib.cli import report
 from rewardlib.errors import InputError
 from rewardlib.models import model_files
-from rewardlib.models.classifiers import has_lightgbm
+from rewardlib.models.names import has_lightgbm
 from rewardlib.nets.training import train_ensemble
 
 SMALL = ["--ensemble_number", "2", "--training_epochs", "1"]

@@ -75,7 +75,7 @@ def plan(chain: Namespace, values: Mapping[str, str]) -> tuple[list[Stage], Path
         )
     first, last = steps_of(chain, values)
     values = with_derived(chain, values)
-    for stage in ("convert", "step5", "step6", "step7", "step8"):  # a bad value is never ignored
+    for stage in ("convert", "step5", "step6", "step8"):  # a bad value is never ignored
         settings.parse(stage, values)
     run_args = settings.parse("step7", values)
     check_names(run_args.rm_model, run_args.rm_objective)

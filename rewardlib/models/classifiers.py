@@ -70,15 +70,6 @@ class CLF_LGBM(RewardModel):
         return self.booster_.predict(rows, raw_score=True, num_threads=n_threads)
 
 
-def has_lightgbm() -> bool:
-    """Whether lightgbm is installed, so that CLF_LGBM can be fitted."""
-    try:
-        import_lightgbm()
-    except ImportError:
-        return False
-    return True
-
-
 def import_lightgbm():
     """The module lightgbm; ImportError with the command that installs it."""
     try:

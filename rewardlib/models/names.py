@@ -4,8 +4,6 @@ They stand apart from registry.py, which has the classes: the command line check
 process, and has no use for scikit-learn there.
 """
 
-import importlib.util
-
 from rewardlib.errors import InputError
 
 OBJECTIVES = {
@@ -25,5 +23,14 @@ def check_names(model: str, objective: str) -> None:
             f"reward model: expected one of {known}, found {model} {objective}; "
             "change the model or the objective"
         )
-    if model == "lgbm" and importlib.util.find_spec("lightgbm") is None:
+    if model == "lgbm" and not has_lightgbm():
         raise InputError("reward model lgbm: the package lightgbm is missing; pip install lightgbm")
+
+
+def has_lightgbm() -> bool:
+    """Whether lightgbm is installed and loads, so that CLF_LGBM can be fitted."""
+    try:
+        import lightgbm  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -27,7 +27,7 @@ from benchmarks import reward_models as benchmark
 from rewardlib.data import embeddings, pairs, splits
 from rewardlib.errors import InputError
 from rewardlib.models import base, checks, model_files, registry, solvers
-from rewardlib.models.classifiers import CLF_LGBM, CLF_Any, has_lightgbm
+from rewardlib.models.classifiers import CLF_LGBM, CLF_Any
 from rewardlib.models.ensemble import Ensemble
 from rewardlib.models.linear import (
     BT_Laplace,
@@ -38,7 +38,7 @@ from rewardlib.models.linear import (
     _folds,
 )
 from rewardlib.models.mlp import BT_MLP, CLF_MLP
-from rewardlib.models.names import OBJECTIVES
+from rewardlib.models.names import OBJECTIVES, has_lightgbm
 
 D = 6
 WEIGHTS = np.array([2, -1, 0.5, 0, 0, 0])
